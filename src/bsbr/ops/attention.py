@@ -1,0 +1,152 @@
+"""The attention as one function of tensors: checks, padding and the choice of backend."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bsbr.config import BSBRConfig
+from bsbr.ops.chunked import chunked_attention
+from bsbr.ops.reference import reference_attention
+from bsbr.ops.summaries import UNCALIBRATED
+from bsbr.ops.tiles import Dropout
+
+Backend = Literal["auto", "reference", "chunked"]
+
+
+def resolve_backend(backend: Backend) -> tuple[str, str]:
+    """Say which backend a request means, and why.
+
+    Args:
+        backend: a backend's name, or "auto".
+    Returns:
+        The name of the backend, and the reason in a few words.
+    Raises:
+        ValueError: no such backend.
+
+    Example:
+        >>> resolve_backend("auto")
+        ('chunked', 'the fastest backend that runs on every device')
+    """
+    if backend == "auto":
+        return "chunked", "the fastest backend that runs on every device"
+    if backend not in ("reference", "chunked"):
+        raise ValueError(f"backend must be auto, reference or chunked, got {backend!r}")
+    return backend, "asked for by name"
+
+
+def bsbr_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: BSBRConfig,
+    *,
+    scale: float | None = None,
+    q_start: int = 0,
+    lengths: Tensor | None = None,
+    calibration: Tensor | None = None,
+    block_indices: Tensor | None = None,
+    dropout_p: float = 0.0,
+    backend: Backend = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Block sparse attention with block retrieval: local, retrieved and far fields under one softmax.
+
+    Source: docs/method.md; `bsbr.ops.reference` is the definition.
+
+    1. The own block of `block_size` tokens is read exactly and causally.
+    2. The `top_k` past blocks of largest estimated mass are read exactly, chosen by each query for itself.
+    3. Every other past block is one entry made of its mean key, key variance, mean value and first-order state.
+
+    A block is summarised and retrieved only when it is complete and lies before the own block. Where `top_k` covers
+    every past block the result is exact attention. Gradients flow to q, k, v and the calibration, through the
+    summaries too; the choice of blocks is piecewise constant and has none, and neither has lse.
+
+    Args:
+        q: queries, [B, Tq, HQ, D]; query i stands at position q_start + i.
+        k: keys, [B, T, H, D]; H divides HQ, heads are not repeated.
+        v: values, [B, T, H, Dv].
+        config: the settings.
+        scale: factor on q.k; None means D ** -0.5.
+        q_start: position of the first query; q_start + Tq equals T.
+        lengths: real keys of each row, [B] integers; what comes later is padding. None means T.
+        calibration: five scalars a head in the order of `CALIBRATION`, [HQ, 5]; None means uncalibrated.
+        block_indices: blocks to read instead of those of largest mass, [B, Tq, HQ, top_k], ascending;
+            padded with -1 where fewer are past.
+        dropout_p: probability of dropping an attention weight, as in training; not for "reference".
+        backend: "auto", "chunked" (linear memory, any device) or "reference" (float64, quadratic).
+        return_lse: return the log-sum-exp too.
+    Returns:
+        o [B, Tq, HQ, Dv] in the dtype of q, 0 for padded queries; and, if asked for, lse [B, Tq, HQ], natural log,
+        in float32 (float64 for float64 input), -inf for padded queries.
+    Raises:
+        ValueError: shapes, dtypes or options that do not fit together.
+
+    Example:
+        >>> q, kv = torch.randn(1, 300, 4, 16), torch.randn(1, 300, 2, 16)
+        >>> bsbr_attention(q, kv, kv, BSBRConfig(block_size=32, top_k=2)).shape
+        torch.Size([1, 300, 4, 16])
+    """
+    _check(q, k, v, config, q_start, lengths, calibration, block_indices)
+    name, _ = resolve_backend(backend)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if name == "reference":
+        if dropout_p:
+            raise ValueError(f'backend="reference" has no dropout, got dropout_p {dropout_p}: use "chunked"')
+        o, lse, _ = reference_attention(
+            q, k, v, config, scale=scale, q_start=q_start, lengths=lengths, calibration=calibration,
+            block_indices=block_indices,
+        )  # fmt: skip
+        return (o.to(q.dtype), lse.to(wide)) if return_lse else o.to(q.dtype)
+    if lengths is not None:
+        padded = torch.arange(k.shape[1], device=k.device) >= lengths[:, None]
+        k, v = (x.masked_fill(padded[:, :, None, None], 0) for x in (k, v))
+        q = q.masked_fill(padded[:, q_start:, None, None], 0)
+    if calibration is None:
+        calibration = q.new_tensor(UNCALIBRATED, dtype=wide).expand(q.shape[2], 5)
+    seed = int(torch.randint(1 << 31, ())) if dropout_p else 0
+    o, lse = chunked_attention(
+        q, k, v, config, scale=scale, q_start=q_start, calibration=calibration.to(wide),
+        block_indices=block_indices, dropout=Dropout(dropout_p, seed),
+    )  # fmt: skip
+    if lengths is not None:
+        outside = padded[:, q_start:, None]
+        o, lse = o.masked_fill(outside[..., None], 0), lse.masked_fill(outside, -torch.inf)
+    return (o, lse) if return_lse else o
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: BSBRConfig,
+    q_start: int,
+    lengths: Tensor | None,
+    calibration: Tensor | None,
+    block_indices: Tensor | None,
+) -> None:
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise ValueError(f"q, k and v must be [B, T, H, D], got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}")
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} must agree in rows and head width, "
+            "k and v in tokens and heads"
+        )
+    if not k.shape[2] or q.shape[2] % k.shape[2]:
+        raise ValueError(f"query heads must be a multiple of key heads, got {q.shape[2]} and {k.shape[2]}")
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if q_start < 0 or q_start + q.shape[1] != k.shape[1]:
+        raise ValueError(
+            f"q_start + queries must equal the number of keys, got {q_start} + {q.shape[1]} and {k.shape[1]}"
+        )
+    if config.state == "block" and q_start:
+        raise ValueError('state="block" needs every query from position 0, got q_start > 0: use state="global"')
+    if lengths is not None and lengths.shape != q.shape[:1]:
+        raise ValueError(f"lengths must be [{q.shape[0]}], got {list(lengths.shape)}")
+    if calibration is not None and calibration.shape != (q.shape[2], 5):
+        raise ValueError(f"calibration must be [{q.shape[2]}, 5], got {list(calibration.shape)}")
+    expected = (*q.shape[:3], config.top_k)
+    if block_indices is not None and block_indices.shape != expected:
+        raise ValueError(f"block_indices must be {list(expected)}, got {list(block_indices.shape)}")
