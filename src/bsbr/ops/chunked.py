@@ -4,6 +4,8 @@ Inside, tensors of a group of heads are [Z, G, S, D]: Z rows times key heads, G 
 """
 
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from bsbr.config import BSBRConfig
 from bsbr.ops import far, retrieved
 from bsbr.ops.routing import select_blocks
-from bsbr.ops.schedule import Plan, Segment, head_groups
+from bsbr.ops.schedule import Group, Plan, Segment, head_groups
 from bsbr.ops.summaries import query_features, summarize
 from bsbr.ops.tiles import Dropout, attend, attend_backward
 
@@ -62,20 +64,24 @@ class _Chunked(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         o = q.new_empty(*q.shape[:3], v.shape[3])
         lse = q.new_empty(q.shape[:3], dtype=calibration.dtype)
-        o_view, lse_view = _by_head(o, k), _by_head(lse, k)
-        given, chosen, dense = None, [], plan.num_dense
-        for i, group in enumerate(_groups(q, k)):
-            own = _with_stream(plan, i)
+        dense = plan.num_dense
+
+        def work(index: int, group: Group) -> Tensor:
+            own = _with_stream(plan, index)
             part = _take_heads(group, q, k, v, calibration)
+            given = None
             if block_indices is not None:
                 given = _by_head(block_indices, k)[group].flatten(0, 1).mT[..., dense:]
+            own_o, own_lse = _by_head(o, k)[group], _by_head(lse, k)[group]
             part_o, part_lse = _forward_dense(own, *part[:3])
-            o_view[group][..., :dense, :] = part_o.view_as(o_view[group][..., :dense, :])
-            lse_view[group][..., :dense] = part_lse.view_as(lse_view[group][..., :dense])
-            part_o, part_lse, indices = _forward_sparse(own, *part, given)
-            o_view[group][..., dense:, :] = part_o.view_as(o_view[group][..., dense:, :])
-            lse_view[group][..., dense:] = part_lse.view_as(lse_view[group][..., dense:])
-            chosen.append(indices)
+            own_o[..., :dense, :] = part_o.view_as(own_o[..., :dense, :])
+            own_lse[..., :dense] = part_lse.view_as(own_lse[..., :dense])
+            part_o, part_lse, chosen = _forward_sparse(own, *part, given)
+            own_o[..., dense:, :] = part_o.view_as(own_o[..., dense:, :])
+            own_lse[..., dense:] = part_lse.view_as(own_lse[..., dense:])
+            return chosen
+
+        chosen = _each_group(work, q, k)
         ctx.plan = plan
         ctx.save_for_backward(q, k, v, calibration, o, lse, *chosen)
         ctx.mark_non_differentiable(lse)
@@ -84,21 +90,45 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, do: Tensor, _: Any) -> tuple[Any, ...]:  # type: ignore[override]
         q, k, v, calibration, o, lse, *chosen = ctx.saved_tensors
-        dq, dk, dv, dcalibration = (torch.zeros_like(x) for x in (q, k, v, calibration))
-        for i, (group, indices) in enumerate(zip(_groups(q, k), chosen, strict=True)):
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+        def work(index: int, group: Group) -> tuple[slice, Tensor]:
             part = _take_heads(group, q, k, v, calibration)
             part_do, part_o, part_lse = (_by_head(x, k)[group].flatten(0, 1).contiguous() for x in (do, o, lse))
-            gradients = _backward(_with_stream(ctx.plan, i), *part, indices, part_do, part_o, part_lse)
+            own = _with_stream(ctx.plan, index)
+            *gradients, scalars = _backward(own, *part, chosen[index], part_do, part_o, part_lse)
             views = (_by_head(dq, k)[group], dk.transpose(1, 2)[group], dv.transpose(1, 2)[group])
-            for view, gradient in zip(views, gradients[:3], strict=True):
+            for view, gradient in zip(views, gradients, strict=True):
                 view.copy_(gradient.view_as(view))
-            rows = group[0].stop - group[0].start
-            dcalibration.unflatten(0, (k.shape[2], -1))[group[1]] += gradients[3].unflatten(0, (rows, -1)).sum(0)
+            rows, heads = group
+            return heads, scalars.unflatten(0, (rows.stop - rows.start, -1)).sum(0)
+
+        dcalibration = torch.zeros_like(calibration)
+        for heads, scalars in _each_group(work, q, k):
+            dcalibration.unflatten(0, (k.shape[2], -1))[heads] += scalars
         return None, None, dq, dk, dv, dcalibration
 
 
-def _groups(q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
-    return head_groups(k.shape[0], k.shape[2], q.shape[2] // k.shape[2] * q.shape[1])
+def _each_group(work: Callable[[int, Group], Any], q: Tensor, k: Tensor) -> list[Any]:
+    """Run `work` for each group of heads: on a CPU in parallel, one thread each.
+
+    Most steps are too small to be worth splitting, but whole groups are independent.
+    """
+    threads = torch.get_num_threads() if q.device.type == "cpu" else 1
+    groups = head_groups(k.shape[0], k.shape[2], q.shape[2] // k.shape[2] * q.shape[1], threads)
+    if threads == 1 or len(groups) == 1:
+        return [work(index, group) for index, group in enumerate(groups)]
+
+    def quietly(index: int, group: Group) -> Any:
+        with torch.no_grad():  # a new thread starts with gradients on
+            return work(index, group)
+
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(quietly, range(len(groups)), groups))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _by_head(x: Tensor, k: Tensor) -> Tensor:
@@ -107,7 +137,7 @@ def _by_head(x: Tensor, k: Tensor) -> Tensor:
 
 
 def _take_heads(
-    group: tuple[slice, slice], q: Tensor, k: Tensor, v: Tensor, calibration: Tensor
+    group: Group, q: Tensor, k: Tensor, v: Tensor, calibration: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The group's q [Z, G, Tq, D], k [Z, T, D], v [Z, T, Dv] and calibration [Z, G, 5]."""
     own_q = _by_head(q, k)[group].flatten(0, 1).contiguous()
@@ -156,9 +186,9 @@ def _forward_sparse(
             chosen[..., rows] = given[..., rows]
         o[:, :, rows], lse[:, :, rows] = _forward_segment(segment, field, q, k, v, chosen[..., rows], given is None)
     if plan.config.top_k:
-        pairs = retrieved.sort_pairs(chosen, plan.num_past // plan.config.unit)
+        tiles = retrieved.plan_tiles(chosen, plan.num_past // plan.config.unit)
         blocks = _retrieval_blocks(plan, k, v)
-        o, lse = retrieved.merge_retrieved(pairs, q, *blocks, plan.scale, o, lse, plan.dropout, _RETRIEVED)
+        o, lse = retrieved.merge_retrieved(tiles, q, *blocks, plan.scale, o, lse, plan.dropout, _RETRIEVED)
     return o, lse, chosen
 
 
@@ -216,9 +246,9 @@ def _backward(
     for segment in plan.segments(q.shape[0] * q.shape[1]):
         _backward_segment(segment, field, gradients, chosen, do, q, k, v, o, lse, sparse_dq, dk, dv)
     if plan.config.top_k:
-        pairs = retrieved.sort_pairs(chosen, plan.num_past // plan.config.unit)
+        tiles = retrieved.plan_tiles(chosen, plan.num_past // plan.config.unit)
         blocks = _retrieval_blocks(plan, k, v)
-        parts = retrieved.retrieved_backward(pairs, do, q, *blocks, o, lse, plan.scale, plan.dropout, _RETRIEVED)
+        parts = retrieved.retrieved_backward(tiles, do, q, *blocks, o, lse, plan.scale, plan.dropout, _RETRIEVED)
         sparse_dq += parts[0]
         dk[:, : plan.num_past] += parts[1].view(k.shape[0], plan.num_past, -1)
         dv[:, : plan.num_past] += parts[2].view(v.shape[0], plan.num_past, -1)

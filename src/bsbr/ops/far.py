@@ -49,9 +49,10 @@ def read_states(config: BSBRConfig, summaries: Summaries, q_last: Tensor | None,
     if config.state == "token":
         return states
     if config.state == "global":
-        sums = states.cumsum(1)[:, per_block - 1 :: per_block]
-        counts = torch.arange(1, sums.shape[1] + 1, device=sums.device, dtype=sums.dtype) * per_block
-        read = (sums / counts[:, None, None])[:, None]
+        num_blocks = states.shape[1]
+        counts = torch.arange(per_block, num_blocks + 1, per_block, device=states.device)[:, None]
+        mean = (torch.arange(num_blocks, device=states.device) < counts) / counts.to(states.dtype)  # [C - 1, N]
+        read = torch.einsum("cn,zndv->zcdv", mean, states)[:, None]
     else:
         assert q_last is not None
         score = _masses(config, query_features(q_last, 1.0), summaries.mean_k, summaries.var_k, calibration)

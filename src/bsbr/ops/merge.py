@@ -33,5 +33,6 @@ def merge_attn_states(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) ->
             "merge outputs of the same queries"
         )
     lse = torch.logaddexp(lse_a, lse_b)
-    weight_a, weight_b = ((part - lse).exp().nan_to_num(0).unsqueeze(-1) for part in (lse_a, lse_b))
-    return (weight_a * o_a + weight_b * o_b).to(o_a.dtype), lse
+    finite = lse.clamp(min=torch.finfo(lse.dtype).min)  # -inf - -inf would be nan
+    weight_a, weight_b = ((part - finite).exp_().unsqueeze(-1) for part in (lse_a, lse_b))
+    return (weight_a * o_a).addcmul_(weight_b, o_b).to(o_a.dtype), lse

@@ -2,6 +2,9 @@
 
 All (query, block) pairs are sorted by block; then each block is one dense attention of the queries that chose it. The
 idea of FlashMoBA (arXiv 2511.11571) in plain tensors.
+
+The queries of a block are cut into tiles of a fixed number of rows, the last one padded: every matrix product then has
+the same shape whatever the choice, so that what later tokens choose cannot change an earlier result by a single bit.
 """
 
 from typing import NamedTuple
@@ -12,43 +15,55 @@ from torch.nn.functional import embedding_bag
 
 from bsbr.ops.tiles import Dropout, attend, attend_backward
 
+_ROWS = 64
+"""Rows of a tile: more run faster, fewer waste less at the end of each block."""
 
-class Pairs(NamedTuple):
-    """The (query, block) pairs, sorted by block."""
+
+class Tiles(NamedTuple):
+    """Which query sits in which row of the tiles, block after block."""
 
     query: Tensor
-    """Flat index into the Z * G * S queries of each pair, [P]."""
+    """Flat index into the Z * G * S queries of each row; 0 where nobody uses it, [tiles * rows]."""
+    used: Tensor
+    """False where nobody uses a row, [tiles * rows]."""
     counts: list[int]
-    """Pairs of each of the Z * N blocks."""
-    place: Tensor
-    """Where each query's pairs stand among the sorted ones, [Z * G * S, top_k]."""
+    """Tiles of each of the Z * N blocks."""
+    row: Tensor
+    """The rows of each query, [Z * G * S, top_k]."""
 
 
-def sort_pairs(block_indices: Tensor, num_blocks: int) -> Pairs:
-    """Sort the pairs by block, and by query within a block.
+def plan_tiles(block_indices: Tensor, num_blocks: int) -> Tiles:
+    """Sort the pairs by block, and by query within a block, into tiles.
 
     Args:
         block_indices: blocks each query reads, [Z, G, top_k, S].
         num_blocks: N, blocks of each of the Z key heads.
     Returns:
-        The pairs.
+        The tiles.
 
     Example:
-        >>> pairs = sort_pairs(torch.tensor([[[[0, 1, 0]]]]), 2)
-        >>> pairs.query.tolist(), pairs.counts
-        ([0, 2, 1], [2, 1])
+        >>> tiles = plan_tiles(torch.tensor([[[[0, 1, 0]]]]), 2)
+        >>> tiles.counts, tiles.query[tiles.used].tolist()
+        ([1, 1], [0, 2, 1])
     """
     heads, top_k = block_indices.shape[0], block_indices.shape[2]
     head_start = torch.arange(heads, device=block_indices.device) * num_blocks
     block = (block_indices + head_start[:, None, None, None]).permute(2, 0, 1, 3).flatten()
     in_order, order = block.int().sort(stable=True)  # a one-dimensional integer sort is a radix sort
-    counts = torch.bincount(in_order, minlength=heads * num_blocks).tolist()
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    return Pairs(order % (order.numel() // top_k), counts, place.view(top_k, -1).T.contiguous())
+    pairs = torch.bincount(in_order, minlength=heads * num_blocks)
+    counts = (pairs + _ROWS - 1) // _ROWS
+    # where the rows of a block start among the tiles, less where its pairs start among the sorted pairs
+    shift = (counts.cumsum(0) - counts) * _ROWS - (pairs.cumsum(0) - pairs)
+    sorted_row = torch.arange(order.numel(), device=order.device) + shift.repeat_interleave(pairs)
+    num_rows = int(counts.sum()) * _ROWS
+    query = sorted_row.new_zeros(num_rows).scatter_(0, sorted_row, order % (order.numel() // top_k))
+    used = torch.zeros(num_rows, dtype=torch.bool, device=order.device).scatter_(0, sorted_row, True)
+    row = torch.empty_like(order).scatter_(0, order, sorted_row)
+    return Tiles(query, used, counts.tolist(), row.view(top_k, -1).T.contiguous())
 
 
 def merge_retrieved(
-    pairs: Pairs,
+    tiles: Tiles,
     q: Tensor,
     blocks_k: Tensor,
     blocks_v: Tensor,
@@ -61,7 +76,7 @@ def merge_retrieved(
     """Attend to the chosen blocks and merge the result into what the queries have so far.
 
     Args:
-        pairs: the queries of each block.
+        tiles: the queries of each block.
         q: queries, [Z, G, S, D].
         blocks_k: keys by block, [Z * N, unit, D].
         blocks_v: values by block, [Z * N, unit, Dv].
@@ -73,24 +88,27 @@ def merge_retrieved(
         o and lse over the former keys and the chosen blocks together.
     """
     q = q.reshape(-1, q.shape[-1])
-    part_o = lse.new_empty(pairs.query.numel(), o.shape[-1])
-    part_lse = lse.new_empty(pairs.query.numel())
-    for block, here in _blocks(pairs):
-        own_q = q.index_select(0, pairs.query[here])[None, None]
-        own_o, own_lse = attend(
-            own_q, blocks_k[block, None], blocks_v[block, None], scale, None, dropout, offset + here.start
-        )
-        part_o[here], part_lse[here] = own_o[0, 0], own_lse[0, 0]
-    lses = torch.cat([lse.reshape(1, -1), part_lse[pairs.place.T]])  # [1 + top_k, Z * G * S]
-    total = lses.logsumexp(0)
-    weights = (lses - total).exp_()
-    merged = embedding_bag(pairs.place, part_o, mode="sum", per_sample_weights=weights[1:].T.contiguous())
+    part_o = lse.new_empty(tiles.query.numel(), o.shape[-1])
+    sizes = [count * _ROWS for count in tiles.counts]
+    lses, tile = [], 0
+    work = zip(tiles.query.split(sizes), blocks_k.split(1), blocks_v.split(1), part_o.split(sizes), strict=True)
+    for query, own_k, own_v, to in work:
+        if query.shape[0]:
+            own_q = q.index_select(0, query).view(1, -1, _ROWS, q.shape[-1])
+            own_o, own_lse = attend(own_q, own_k, own_v, scale, None, dropout, offset + tile)
+            to.copy_(own_o.flatten(0, 2))
+            lses.append(own_lse.flatten())
+            tile += own_q.shape[1]
+    every_lse = torch.cat([lse.reshape(1, -1), torch.cat(lses)[tiles.row.T]])  # [1 + top_k, Z * G * S]
+    total = every_lse.logsumexp(0)
+    weights = (every_lse - total).exp_()
+    merged = embedding_bag(tiles.row, part_o, mode="sum", per_sample_weights=weights[1:].T.contiguous())
     merged.addcmul_(o.reshape(-1, o.shape[-1]), weights[0, :, None])
     return merged.view_as(o), total.view_as(lse)
 
 
 def retrieved_backward(
-    pairs: Pairs,
+    tiles: Tiles,
     do: Tensor,
     q: Tensor,
     blocks_k: Tensor,
@@ -104,33 +122,29 @@ def retrieved_backward(
     """Differentiate the retrieved field's share of the whole softmax.
 
     Args:
-        pairs, q, blocks_k, blocks_v, scale, dropout, offset: as given to `merge_retrieved`.
+        tiles, q, blocks_k, blocks_v, scale, dropout, offset: as given to `merge_retrieved`.
         do: gradient of o, [Z, G, S, Dv].
         o: output of the whole softmax, [Z, G, S, Dv].
         lse: its log-sum-exp, [Z, G, S].
     Returns:
         dq [Z, G, S, D], dk [Z * N, unit, D] and dv [Z * N, unit, Dv], in the dtype of lse.
     """
-    shape, lse = q.shape, lse.reshape(-1)
+    shape = q.shape
     do, q, o = (x.reshape(-1, x.shape[-1]) for x in (do, q, o))
-    part_q = lse.new_empty(pairs.query.numel(), q.shape[-1])
+    row_lse = lse.reshape(-1)[tiles.query].masked_fill_(~tiles.used, torch.inf)  # a padded row weighs nothing
     dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (blocks_k, blocks_v))
-    for block, here in _blocks(pairs):
-        query = pairs.query[here]
-        own_do, own_q, own_o, own_lse = (x.index_select(0, query)[None, None] for x in (do, q, o, lse))
-        own_dq, own_dk, own_dv = attend_backward(
-            own_do, own_q, blocks_k[block, None], blocks_v[block, None], own_o, own_lse, scale, None,
-            dropout, offset + here.start,
-        )  # fmt: skip
-        part_q[here], dk[block], dv[block] = own_dq[0, 0], own_dk[0], own_dv[0]
-    return embedding_bag(pairs.place, part_q, mode="sum").view(shape), dk, dv
-
-
-def _blocks(pairs: Pairs) -> list[tuple[int, slice]]:
-    """The blocks that some query chose, and where their pairs stand."""
-    found, start = [], 0
-    for block, count in enumerate(pairs.counts):
-        if count:
-            found.append((block, slice(start, start + count)))
-        start += count
-    return found
+    part_q = lse.new_empty(tiles.query.numel(), q.shape[-1])
+    sizes, tile = [count * _ROWS for count in tiles.counts], 0
+    work = zip(tiles.query.split(sizes), row_lse.split(sizes), part_q.split(sizes), strict=True)
+    for block, (query, own_lse, to) in enumerate(work):
+        if query.shape[0]:
+            here = slice(block, block + 1)
+            own = (x.index_select(0, query).view(1, -1, _ROWS, x.shape[-1]) for x in (do, q, o))
+            own_do, own_q, own_o = own
+            part, dk[here], dv[here] = attend_backward(
+                own_do, own_q, blocks_k[here], blocks_v[here], own_o, own_lse.view(1, -1, _ROWS), scale, None,
+                dropout, offset + tile,
+            )  # fmt: skip
+            to.copy_(part.flatten(0, 2))
+            tile += own_q.shape[1]
+    return embedding_bag(tiles.row, part_q, mode="sum").view(shape), dk, dv

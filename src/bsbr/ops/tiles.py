@@ -56,7 +56,7 @@ def attend(
     """
     if _fused(q, v, dropout):
         is_causal, mask = _fused_mask(q, k, first)
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        return torch._scaled_dot_product_flash_attention_for_cpu(
             q, k[:, None], v[:, None], 0.0, is_causal, attn_mask=mask, scale=scale
         )
     o, lse = q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=_accumulator(q))
