@@ -1,7 +1,7 @@
 """Softmax attention on many small dense tiles at once, with its log-sum-exp, forward and backward.
 
 On a CPU in float32, bfloat16 and float16 the work is PyTorch's own fused kernel; everywhere else, in float64 and
-with dropout it is two matrix products.
+with dropout it is two matrix products, in float32 or better.
 """
 
 import math
@@ -66,7 +66,7 @@ def attend(
         weights = scores.sub_(lse[part].unsqueeze(-1)).exp_()
         if dropout.p:
             weights *= dropout.mask(weights, offset + part.start)
-        o[part] = weights.to(v.dtype) @ v[part, None]
+        o[part] = weights @ v[part, None].to(weights.dtype)
     return o, lse
 
 
@@ -93,7 +93,7 @@ def attend_backward(
         o: output of the whole softmax, [Z, G, S, Dv].
         lse: its log-sum-exp, [Z, G, S]; +inf makes a query contribute nothing.
     Returns:
-        dq [Z, G, S, D], dk [Z, R, D], dv [Z, R, Dv].
+        dq [Z, G, S, D], dk [Z, R, D], dv [Z, R, Dv], in the dtype of q or of lse.
 
     Example:
         >>> x = torch.randn(3, 1, 8, 4)
@@ -109,17 +109,18 @@ def attend_backward(
             do, q, wide_k, wide_v, o, lse, 0.0, is_causal, attn_mask=mask, scale=scale
         )
         return dq, dk.sum(1), dv.sum(1)
+    do, q, k, v, o = (x.to(lse.dtype) for x in (do, q, k, v, o))
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    delta = (do.to(lse.dtype) * o).sum(-1, keepdim=True)
+    delta = (do * o).sum(-1, keepdim=True)
     for part in _parts(q, k):
         weights = _scores(q[part], k[part], scale, first).sub_(lse[part].unsqueeze(-1)).exp_()
-        dweights = (do[part] @ v[part, None].mT).to(weights.dtype)
+        dweights = do[part] @ v[part, None].mT
         kept = weights
         if dropout.p:
             mask = dropout.mask(weights, offset + part.start)
             kept, dweights = weights * mask, dweights * mask
-        dv[part] = (kept.to(do.dtype).mT @ do[part]).sum(1)
-        dscores = (weights * (dweights - delta[part])).mul_(scale).to(q.dtype)
+        dv[part] = (kept.mT @ do[part]).sum(1)
+        dscores = (weights * (dweights - delta[part])).mul_(scale)
         dq[part] = dscores @ k[part, None]
         dk[part] = (dscores.mT @ q[part]).sum(1)
     return dq, dk, dv
@@ -153,5 +154,6 @@ def _fused_mask(q: Tensor, k: Tensor, first: int | None) -> tuple[bool, Tensor |
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, first: int | None) -> Tensor:
-    scores = (q @ k[:, None].mT).to(_accumulator(q)) * scale
+    dtype = _accumulator(q)
+    scores = (q.to(dtype) @ k[:, None].to(dtype).mT).mul_(scale)
     return scores if first is None else scores.masked_fill_(_later(q, k, first), -math.inf)

@@ -1,0 +1,140 @@
+"""What must hold whatever the implementation: causality, padding, isolation, grouped heads, poisoned input."""
+
+import pytest
+import torch
+
+from bsbr.config import BSBRConfig
+from bsbr.ops import bsbr_attention, reference_attention
+
+KINDS = {
+    "moments": BSBRConfig(block_size=32, top_k=2),
+    "units": BSBRConfig(block_size=32, retrieval_block_size=8, top_k=5),
+    "token state": BSBRConfig(block_size=32, top_k=1, state="token"),
+    "block state": BSBRConfig(block_size=32, top_k=1, state="block"),
+    "mean": BSBRConfig(block_size=32, top_k=2, far="mean"),
+    "drop": BSBRConfig(block_size=32, top_k=2, far="drop"),
+    "local": BSBRConfig(block_size=32, top_k=0, far="drop"),
+    "states only": BSBRConfig(block_size=32, top_k=0),
+    "shared choice": BSBRConfig(block_size=32, top_k=2, selection="group"),
+    "dense below": BSBRConfig(block_size=32, top_k=1, dense_below=45),
+}
+
+
+def draw(seed, rows=1, tokens=300, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(rows, tokens, heads, 8, generator=generator).to(dtype) for heads in (2, 1, 1)]
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_earlier_output_changes_by_a_bit(kind, backend):
+    """Every token of 300 is changed in turn: q, k and v, mildly and hugely; earlier outputs stay bit-identical."""
+    config, (q, k, v) = KINDS[kind], draw(0)
+    before = bsbr_attention(q, k, v, config, backend=backend)
+    step = 1 if backend == "chunked" else 13
+    alive = 0
+    for t in range(0, 300, step):
+        changed = [x.clone() for x in (q, k, v)]
+        for x in changed:
+            x[:, t] = x[:, t] + 1 if t % 2 else 1e4
+        after = bsbr_attention(*changed, config, backend=backend)
+        assert torch.equal(before[:, :t], after[:, :t]), f"token {t} changed an earlier output"
+        alive += not torch.equal(before[:, t:], after[:, t:])
+    assert alive == len(range(0, 300, step)), "an output ignores its own token"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_do_not_reach_the_future(kind):
+    q, k, v = (x.double().requires_grad_() for x in draw(1, tokens=130))
+    o = bsbr_attention(q, k, v, KINDS[kind])
+    for x in torch.autograd.grad(o[:, :71].sum(), (q, k, v)):
+        assert not x[:, 71:].any()
+        assert x[:, :71].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_and_neighbours_change_nothing(kind):
+    config, (q, k, v) = KINDS[kind], draw(2, rows=3, tokens=170)
+    lengths = torch.tensor([170, 101, 0])
+    for x in (k, v):  # what stands in padding does not matter, not even if it is no number
+        x[1, 101:] = torch.nan
+        x[2] = torch.inf
+    o, lse = bsbr_attention(q, k, v, config, lengths=lengths, return_lse=True)
+    for row, length in enumerate(lengths[:2].tolist()):
+        alone = bsbr_attention(*(x[row : row + 1, :length] for x in (q, k, v)), config)
+        torch.testing.assert_close(o[row : row + 1, :length], alone, rtol=0, atol=2e-6)
+    assert not o[1, 101:].any()
+    assert not o[2].any()
+    assert (lse[2] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "block state"])
+@pytest.mark.parametrize("start", [1, 31, 32, 33, 64, 99, 128, 169])
+def test_queries_that_come_later_get_the_same(kind, start):
+    """Prefill and then decode: the last queries alone give what they give among all."""
+    config, (q, k, v) = KINDS[kind], draw(3, tokens=170, dtype=torch.float64)
+    whole = bsbr_attention(q, k, v, config)
+    late = bsbr_attention(q[:, start:], k, v, config, q_start=start)
+    torch.testing.assert_close(late, whole[:, start:], rtol=0, atol=1e-12)
+
+
+def test_grouped_heads_are_repeated_heads():
+    q, k, v = (x.double() for x in draw(4, tokens=100))
+    config = BSBRConfig(block_size=16, top_k=2)
+    wide = bsbr_attention(q, k.repeat_interleave(2, 2), v.repeat_interleave(2, 2), config)
+    torch.testing.assert_close(bsbr_attention(q, k, v, config), wide, rtol=0, atol=1e-12)
+
+
+def test_blocks_that_nobody_reads_may_hold_anything():
+    """With the far field dropped, a block no query chose has no effect even if it is poisoned."""
+    q, k, v = (x.double() for x in draw(5, tokens=64))
+    config = BSBRConfig(block_size=8, top_k=1, far="drop")
+    q[:], k[:, 8:16] = 1, -5  # block 1 never has the largest mean score
+    chosen = reference_attention(q, k, v, config)[2]
+    assert not (chosen == 1).any()
+    clean = bsbr_attention(q, k, v, config)
+    v[:, 8:16] = 1e30
+    poisoned = bsbr_attention(q, k, v, config)
+    assert torch.equal(clean[:, 16:], poisoned[:, 16:])
+
+
+def test_large_common_part_of_keys_keeps_its_digits():
+    """Variances about the mean, not differences of squares: 1e3 times more mean than spread stays accurate."""
+    q, k, v = draw(6, tokens=256)
+    k = k + 1e3
+    config = BSBRConfig(block_size=32, top_k=1)
+    # the common part moves all scores of a query alike, which softmax does not see
+    q = q - q.mean(-1, keepdim=True)
+    expected, _, chosen = reference_attention(q, k, v, config)
+    actual = bsbr_attention(q, k, v, config, block_indices=chosen)
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("magnitude", [1e2, 1e3, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_extreme_scores_stay_finite(magnitude, dtype):
+    q, k, v = draw(7, tokens=200)
+    q = q * magnitude / 10
+    o = bsbr_attention(q.to(dtype), k.to(dtype), v.to(dtype), BSBRConfig(block_size=16, top_k=2))
+    assert o.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"q": (1, 9, 3, 8)}, "multiple"),
+        ({"k": (1, 9, 2, 4)}, "agree"),
+        ({"v": (1, 8, 2, 8)}, "agree"),
+        ({"q": (9, 2, 8)}, r"\[B, T, H, D\]"),
+        ({"q_start": 2}, "q_start"),
+        ({"lengths": torch.ones(2, dtype=torch.int64)}, "lengths"),
+        ({"calibration": torch.ones(4, 4)}, "calibration"),
+        ({"block_indices": torch.zeros(1, 9, 4, 7, dtype=torch.int64)}, "block_indices"),
+        ({"backend": "fast"}, "backend"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_a_sentence(change, match):
+    given = {"q": (1, 9, 4, 8), "k": (1, 9, 2, 8), "v": (1, 9, 2, 8)} | change
+    q, k, v = (torch.zeros(given.pop(name)) for name in ("q", "k", "v"))
+    with pytest.raises(ValueError, match=match):
+        bsbr_attention(q, k, v, BSBRConfig(block_size=4, top_k=1), **given)
