@@ -1,0 +1,1 @@
+"""Training: from random weights, and fitting what a conversion adds."""

@@ -1,0 +1,191 @@
+"""`run_pretrain` end to end on a tiny text: it learns, resumes exactly, and refuses what it cannot use."""
+
+import io
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from bsbr.errors import UserError
+from bsbr.training.pretrain import PretrainConfig, run_pretrain
+from bsbr.training.trainer import Trainer
+
+TEXT = "".join(
+    f"{i} bottles on the wall, {i} bottles; take one down, {i - 1} left.\n" for i in range(99, 0, -1)
+)
+TINY: dict[str, Any] = dict(
+    layers=1,
+    heads=2,
+    hidden=16,
+    context=16,
+    vocab=270,
+    batch_tokens=64,
+    tokens=64 * 24,
+    warmup_steps=4,
+    val_interval=8,
+    val_windows=4,
+    checkpoint_interval=5,
+)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> dict[str, Path]:
+    (tmp_path / "train.txt").write_text(TEXT)
+    (tmp_path / "val.txt").write_text(TEXT[1000:2500])
+    return {"text": tmp_path / "train.txt", "val": tmp_path / "val.txt"}
+
+
+def _run(texts: dict[str, Path], output: Path, *, resume: bool = False, **changes: Any) -> dict[str, Any]:
+    config = PretrainConfig(**{**TINY, **changes})
+    quiet = Console(file=io.StringIO())
+    return run_pretrain(config, **texts, output=output, resume=resume, device="cpu", console=quiet)
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_the_loss_falls_and_the_folder_opens_as_any_other(texts: dict[str, Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    record = _run(texts, tmp_path / "out", tokens=64 * 150, lr=1e-2, muon_lr=1e-2)
+    assert record["held_out"]["nll"] < record["history"][0]["held_out_nll"] - 1.0
+    assert record == json.loads((tmp_path / "out" / "training.json").read_text())
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "training.json"} <= names
+    assert "checkpoints" not in names
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16
+    assert model.lm_head.weight is model.transformer.wte.weight
+    ids = tokenizer("<|endoftext|>99 bottles on the wall", return_tensors="pt").input_ids
+    assert model.float()(ids, labels=ids).loss.item() < 4.0
+
+
+def test_an_interrupted_run_resumes_to_the_same_weights(
+    texts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _run(texts, tmp_path / "whole")
+    step = Trainer._one_step
+
+    def interrupted(self: Trainer, starts: torch.Tensor) -> torch.Tensor:
+        if self.step == 12:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, starts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_one_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            _run(texts, tmp_path / "parts")
+    assert (tmp_path / "parts" / "checkpoints" / "step-00000013").is_dir()
+    assert not (tmp_path / "parts" / "model.safetensors").exists()
+    record = _run(texts, tmp_path / "parts", resume=True)
+    expected = _weights(tmp_path / "whole")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in _weights(tmp_path / "parts").items())
+    for key in ("held_out", "history", "text", "tokens_seen"):
+        assert record[key] == whole[key], key
+
+
+def test_a_killed_run_resumes_from_the_last_whole_checkpoint(
+    texts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _run(texts, tmp_path / "whole")
+    step = Trainer._one_step
+
+    def killed(self: Trainer, starts: torch.Tensor) -> torch.Tensor:
+        if self.step == 14:
+            raise SystemExit
+        return step(self, starts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_one_step", killed)
+        with pytest.raises(SystemExit):
+            _run(texts, tmp_path / "parts")
+    newest = tmp_path / "parts" / "checkpoints" / "step-00000010" / "optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match=r"step-00000010.*optimizer\.safetensors"):
+        _run(texts, tmp_path / "parts", resume=True)
+    expected = _weights(tmp_path / "whole")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in _weights(tmp_path / "parts").items())
+
+
+def test_resuming_another_recipe_or_a_finished_run_is_refused(
+    texts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_evaluate", lambda self, loss: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            _run(texts, tmp_path / "out")
+    with pytest.raises(UserError, match=r"recipe lr is 0\.5, the checkpoint has 0\.005"):
+        _run(texts, tmp_path / "out", resume=True, lr=0.5)
+    with pytest.raises(UserError, match="unfinished run"):
+        _run(texts, tmp_path / "out")
+    _run(texts, tmp_path / "out", resume=True)
+    with pytest.raises(UserError, match="already holds a model"):
+        _run(texts, tmp_path / "out", resume=True)
+
+
+def test_a_time_budget_ends_the_run_and_its_decay(texts: dict[str, Path], tmp_path: Path) -> None:
+    record = _run(texts, tmp_path / "out", tokens=None, minutes=0.03)
+    assert record["steps"] > 1
+    assert 1.0 < record["training_s"] < 5.0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    texts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "_steps", lambda self, last: float("nan"))
+    with pytest.raises(UserError, match="the loss is nan"):
+        _run(texts, tmp_path / "out")
+
+
+def test_bfloat16_trains_too(texts: dict[str, Path], tmp_path: Path) -> None:
+    record = _run(texts, tmp_path / "out", precision="bfloat16")
+    assert record["precision"] == "bfloat16"
+    assert record["held_out"]["nll"] < record["history"][0]["held_out_nll"]
+
+
+def test_a_given_tokenizer_is_used(texts: dict[str, Path], tmp_path: Path) -> None:
+    first = _run(texts, tmp_path / "first", tokens=64)
+    quiet = Console(file=io.StringIO())
+    config = PretrainConfig(**{**TINY, "tokens": 64, "vocab": 300})
+    second = run_pretrain(
+        config, **texts, output=tmp_path / "second", tokenizer=tmp_path / "first", device="cpu", console=quiet
+    )
+    assert second["text"]["tokenizer_sha256"] == first["text"]["tokenizer_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"layers": 0}, "layers = 0: must be at least 1"),
+        ({"heads": 3}, "a divisor of hidden = 16"),
+        ({"batch_tokens": 65}, "a multiple of context = 16"),
+        ({"vocab": 256}, "at least 257"),
+        ({"tokens": None}, "either tokens or minutes"),
+        ({"minutes": 1.0}, "either tokens or minutes"),
+        ({"lr": float("nan")}, "lr = nan: must be finite"),
+        ({"precision": "int8"}, "one of auto, bfloat16, float32"),
+    ],
+)
+def test_an_impossible_recipe_says_what_was_wanted(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        PretrainConfig(**{**TINY, **changes})
+
+
+def test_unusable_inputs_are_one_line_errors(texts: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="one window needs 4097"):
+        _run(texts, tmp_path / "a", context=4096, batch_tokens=4096)
+    with pytest.raises(UserError, match="no such file"):
+        _run({**texts, "val": tmp_path / "none"}, tmp_path / "b")
+    with pytest.raises(UserError, match="is a file"):
+        _run(texts, texts["text"])
+    quiet = Console(file=io.StringIO())
+    with pytest.raises(UserError, match="not known"):
+        run_pretrain(PretrainConfig(**TINY), **texts, output=tmp_path / "c", device="abacus", console=quiet)
