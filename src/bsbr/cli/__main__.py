@@ -1,0 +1,7 @@
+"""`python -m bsbr.cli`."""
+
+import sys
+
+from bsbr.cli import main
+
+sys.exit(main())

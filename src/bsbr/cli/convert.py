@@ -1,0 +1,37 @@
+"""`bsbr convert`: a pretrained model in, a converted and calibrated one out."""
+
+import argparse
+
+from bsbr.cli.options import add_attention_arguments, attention_config, check_output
+from bsbr.config import BSBRConfig
+from bsbr.data.embedded import EMBEDDED
+
+HELP = "Convert a pretrained causal language model, calibrate it and save it."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the sub-command."""
+    parser.add_argument("model", metavar="MODEL", help="folder or hub name of the model, or embedded")
+    parser.add_argument("output", metavar="DIR", help="folder to save the converted model in")
+    parser.add_argument("--calibrate", metavar="TEXT", default=EMBEDDED, help="text file, embedded, or none")
+    parser.add_argument("--max-length", type=int, help="tokens the result must take; extends its positions")
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that is there")
+    add_attention_arguments(parser, top_k=BSBRConfig.top_k)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert, calibrate, save."""
+    config = attention_config(args)
+    output = check_output(args.output, "config.json", resume=False, overwrite=args.overwrite)
+    from bsbr.cli.models import load, read_calibration_text, save
+    from bsbr.hf.convert import convert
+    from bsbr.training.calibrate import calibrate
+
+    model, tokenizer = load(args.model)
+    text = read_calibration_text(args.calibrate)
+    converted = convert(model, config, max_length=args.max_length)
+    if text is not None and config.far != "drop":
+        calibrate(converted, text, tokenizer=tokenizer, seed=args.seed, progress=True)
+    save(converted, tokenizer, output)
+    print(f"saved {converted.config.model_type} in {output}; load it with AutoModelForCausalLM after `import bsbr`")

@@ -1,0 +1,150 @@
+"""`bsbr evaluate`: what conversion costs and gains, against the original."""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bsbr.cli.options import add_attention_arguments, attention_config, check_device, check_output, lengths
+from bsbr.config import BSBRConfig
+from bsbr.data.embedded import EMBEDDED
+from bsbr.errors import UserError
+
+HELP = "Convert a model, measure speed, scaling, perplexity, similarity and agreement against the original, report."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the sub-command."""
+    parser.add_argument("model", metavar="MODEL", nargs="?", default=EMBEDDED, help="folder, hub name or embedded")
+    parser.add_argument("--converted", metavar="DIR", help="evaluate this converted model; no conversion here")
+    parser.add_argument("--output", metavar="DIR", default="results", help="folder of the result files")
+    parser.add_argument("--text", metavar="FILE", action="append", help="text to evaluate on; may be repeated")
+    parser.add_argument("--calibrate", metavar="TEXT", default=EMBEDDED, help="text file, embedded, or none")
+    parser.add_argument("--lengths", type=lengths, default=(128, 256, 512, 1024, 2048), help="lengths to time")
+    parser.add_argument("--window", type=int, help="tokens of a quality window; None: 2048 or the model's positions")
+    parser.add_argument("--documents", type=int, default=20, help="documents of each text")
+    parser.add_argument("--repeats", type=int, default=8, help="timings of each contender at each length")
+    parser.add_argument("--max-length", type=int, help="extend the positions, so that longer lengths can be timed")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--seed", type=int, default=0, help="of calibration, random tokens and resampling")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run in the output folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in the output folder")
+    add_attention_arguments(parser, top_k=2)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate and report."""
+    attention = attention_config(args)
+    if args.repeats < 2:
+        raise UserError(f"--repeats {args.repeats}: must be at least 2, or there is no spread")
+    output = check_output(args.output, "records.jsonl", resume=args.resume, overwrite=args.overwrite)
+    args.after_interrupt = f"Go on with: bsbr {' '.join(_command(args))} --resume"
+    check_device(args.device)
+
+    from rich.console import Console
+
+    from bsbr.cli.models import load, read_evaluation_texts
+    from bsbr.evaluation.settings import SuiteConfig
+    from bsbr.evaluation.speed import SpeedSettings
+    from bsbr.evaluation.suite import run_suite
+    from bsbr.evaluation.table import summary_tables
+    from bsbr.hf.positions import extend_positions, max_positions
+    from bsbr.report import render
+
+    console = Console(stderr=True)
+    texts = read_evaluation_texts(args.text, args.model)
+    original, tokenizer = load(args.model, args.dtype, args.device)
+    trained = max_positions(original)
+    if args.max_length:
+        original = extend_positions(original, args.max_length)
+    positions = max_positions(original)
+    config = SuiteConfig(
+        window=args.window or min(2048, positions or 2048),
+        documents=args.documents,
+        lengths=_within(args.lengths, positions),
+        speed=SpeedSettings(rounds=-(-args.repeats // 2)),
+        trained_positions=trained,
+        seed=args.seed,
+        device=args.device,
+    )
+    variants = make_variants(original, tokenizer, attention, args)
+    summary = run_suite(
+        original, tokenizer, variants, texts, config, output, args.resume,
+        name=args.model, command=_command(args), console=console,
+    )  # fmt: skip
+    render(output)
+    for table in summary_tables(summary):
+        Console().print(table)
+    print(f"report: {output / 'report.html'}   summary: {output / 'summary.md'}")
+
+
+def make_variants(original: Any, tokenizer: Any, attention: BSBRConfig, args: argparse.Namespace) -> dict[str, Any]:
+    """Make every conversion that the evaluation compares.
+
+    Args:
+        original: the dense model.
+        tokenizer: its tokenizer.
+        attention: settings of the conversion.
+        args: the options of the sub-command.
+    Returns:
+        Names of the variants to models that share the original's weights.
+    Raises:
+        UserError: a model or text cannot be used.
+    """
+    from bsbr.cli.models import read_calibration_text
+    from bsbr.hf.convert import convert
+    from bsbr.hf.loading import load_model
+    from bsbr.peers.additive import AdditiveConfig
+    from bsbr.peers.value_only import ValueOnlyConfig
+
+    text = read_calibration_text(args.calibrate)
+    size, unit = attention.block_size, attention.retrieval_block_size
+
+    def calibrated(model: Any) -> Any:
+        from bsbr.training.calibrate import calibrate
+
+        if text is not None and BSBRConfig.from_dict(_settings(model)).far != "drop":
+            calibrate(model, text, tokenizer=tokenizer, seed=args.seed, progress=True)
+        return model
+
+    if args.converted:
+        converted = load_model(args.converted, dtype=args.dtype, device=args.device)
+        attention = BSBRConfig.from_dict(_settings(converted))
+    else:
+        converted = calibrated(convert(original, attention))
+    peers = {"block_size": size, "retrieval_block_size": unit, "far": "drop"}
+    states = replace(attention, top_k=0) if attention.far != "drop" else attention
+    return {
+        "converted": converted,
+        "converted_sparse": convert(converted, replace(attention, dense_below=0)),
+        "uncalibrated": convert(original, replace(attention, dense_below=0)),
+        "moba": convert(original, BSBRConfig(top_k=attention.top_k, **peers)),
+        "local": convert(original, BSBRConfig(top_k=0, **peers)),
+        "states": calibrated(convert(original, replace(states, dense_below=0))),
+        "additive": convert(original, AdditiveConfig(block_size=size, seed=args.seed)),
+        "value_only": convert(original, ValueOnlyConfig()),
+    }
+
+
+def _settings(model: Any) -> dict[str, Any]:
+    settings = dict(getattr(model.config, "bsbr", None) or {})
+    if settings.pop("mixer", None) != BSBRConfig.mixer:
+        raise UserError("--converted: is no model that `bsbr convert` saved. Give such a folder, or leave it out")
+    return settings
+
+
+def _within(wanted: tuple[int, ...], positions: int | None) -> tuple[int, ...]:
+    if positions is not None and wanted[-1] > positions:
+        raise UserError(
+            f"--lengths {wanted[-1]}: the model has {positions} positions. Lower it, or give --max-length {wanted[-1]}"
+        )
+    return wanted
+
+
+def _command(args: argparse.Namespace) -> list[str]:
+    """The arguments that repeat this run, without what concerns this machine's folders."""
+    skip = {"--resume", "--overwrite", "--debug"}
+    words = [word for word in sys.argv[1:] if word not in skip]
+    return [Path(word).name if Path(word).is_absolute() else word for word in words]

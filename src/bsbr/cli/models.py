@@ -1,0 +1,99 @@
+"""Models and texts by the names users give them."""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bsbr.data.embedded import EMBEDDED, EMBEDDED_MODEL, calibration_text, evaluation_texts
+from bsbr.data.text import read_documents, read_text
+from bsbr.errors import UserError
+from bsbr.hf.loading import load_model, load_tokenizer
+
+
+def load(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[Any, Any]:
+    """Load a model and its tokenizer.
+
+    Args:
+        name: a folder, a hub name, or "embedded".
+        dtype: torch name of the weights' dtype.
+        device: where to put the model.
+    Returns:
+        The model in eval mode, and the tokenizer.
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    place = EMBEDDED_MODEL if name == EMBEDDED else name
+    return load_model(place, dtype=dtype, device=device), load_tokenizer(place)
+
+
+def read_calibration_text(name: str) -> str | None:
+    """Return the text to calibrate on.
+
+    Args:
+        name: a file, "embedded", or "none".
+    Returns:
+        The text, or None for "none".
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if name == "none":
+        return None
+    return calibration_text() if name == EMBEDDED else read_text(name)
+
+
+def read_evaluation_texts(files: list[str] | None, model: str) -> dict[str, list[str]]:
+    """Return the texts to evaluate on.
+
+    The published experiment read WikiText-103; a hub model without --text does too, through `datasets`.
+
+    Args:
+        files: text files, or None.
+        model: the model's name as the user gave it.
+    Returns:
+        Name of each text to its documents.
+    Raises:
+        UserError: a file cannot be read, or the data set cannot be had.
+    """
+    if files:
+        return {Path(file).name.split(".")[0]: read_documents(file) for file in files}
+    if model == EMBEDDED or Path(model).is_dir():
+        return evaluation_texts()
+    return {"wikitext": _wikitext_103()}
+
+
+def _wikitext_103() -> list[str]:
+    advice = "Give --text FILE, or run: bsbr evaluate embedded"
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError(f"WikiText-103 needs the package datasets: pip install 'bsbr[datasets]'. {advice}") from None
+    try:
+        lines = load_dataset("Salesforce/wikitext", "wikitext-103-raw-v1", split="test")["text"]
+    except Exception as error:  # whatever the hub, the network or the cache raise: the user needs one line
+        raise UserError(f"WikiText-103 cannot be had ({type(error).__name__}): no hub access? {advice}") from error
+    from bsbr.data.text import split_articles
+
+    return split_articles("".join(lines))
+
+
+def save(model: Any, tokenizer: Any, output: Path) -> None:
+    """Save a model and its tokenizer so that the folder is whole or untouched.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        output: the folder; its files of the same names are replaced.
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):  # config.json last
+            file.replace(output / file.name)
+    except OSError as error:
+        raise UserError(f'output "{output}": cannot be written ({error.strerror or error})') from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
