@@ -15,7 +15,7 @@ from bsbr.config import BSBRConfig
 from bsbr.ops import far, retrieved
 from bsbr.ops.routing import select_blocks
 from bsbr.ops.schedule import Group, Plan, Segment, head_groups
-from bsbr.ops.summaries import query_features, summarize
+from bsbr.ops.summaries import summarize
 from bsbr.ops.tiles import Dropout, attend, attend_backward
 
 # Streams of dropout: the dense prefix counts from 0, the local field by position, the retrieved field by pair, each
@@ -157,9 +157,9 @@ def _summarize(plan: Plan, q: Tensor, k: Tensor, v: Tensor, calibration: Tensor)
     q_last = None
     if config.state == "block":
         last = slice(config.block_size - 1, past, config.block_size)
-        q_last = q[:, :, last].to(calibration.dtype) * plan.scale
-    states = far.read_states(config, summaries, q_last, calibration)
-    return far.FarField(summaries.mean_k, summaries.var_k, summaries.mean_v, states, calibration)
+        q_last = q[:, :, last].to(calibration.dtype)
+    states = far.read_states(config, summaries, q_last, calibration, plan.scale)
+    return far.FarField(summaries.mean_k, summaries.var_k, summaries.mean_v, states, calibration, plan.scale)
 
 
 def _forward_dense(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,14 +203,13 @@ def _forward_segment(
         _LOCAL + segment.start,
     )  # fmt: skip
     o, lse = (_unfold(segment, x, heads) for x in parts)
-    features = query_features(q, plan.scale)
-    mass = far.scores(plan.config, field, features, segment.blocks)
+    wide_q = q.to(lse.dtype)
+    mass = far.scores(plan.config, field, wide_q, segment.blocks)
     if choose and plan.config.top_k:
         chosen.copy_(select_blocks(mass, plan.config.top_k, plan.config.selection))
     if plan.config.far != "drop":
         mass.scatter_(-2, chosen, -math.inf)
-        scaled = features[..., : q.shape[-1]]
-        o, lse = far.merge_far(plan.config, field, scaled, mass, segment.blocks, o, lse)
+        o, lse = far.merge_far(plan.config, field, wide_q, mass, segment.blocks, o, lse)
     return o, lse
 
 
@@ -241,7 +240,7 @@ def _backward(
         leaves = [x.detach().requires_grad_() for x in (q, k, v, calibration)]
         traced = _summarize(plan, *leaves)
     do, q, o, lse, sparse_dq = (x[:, :, dense:] for x in (do, q, o, lse, dq))
-    field = far.FarField(*(None if x is None else x.detach() for x in traced))  # type: ignore[arg-type]
+    field = far.FarField(*(None if x is None else x.detach() for x in traced[:5]), plan.scale)  # type: ignore[arg-type]
     gradients = far.zero_gradients(field)
     for segment in plan.segments(q.shape[0] * q.shape[1]):
         _backward_segment(segment, field, gradients, chosen, do, q, k, v, o, lse, sparse_dq, dk, dv)
@@ -252,7 +251,7 @@ def _backward(
         sparse_dq += parts[0]
         dk[:, : plan.num_past] += parts[1].view(k.shape[0], plan.num_past, -1)
         dv[:, : plan.num_past] += parts[2].view(v.shape[0], plan.num_past, -1)
-    traced_gradients = [(x, g) for x, g in zip(traced, gradients, strict=True) if x is not None and x.requires_grad]
+    traced_gradients = [(x, g) for x, g in zip(traced[:5], gradients, strict=True) if x is not None and x.requires_grad]
     through = torch.autograd.grad(
         [x for x, _ in traced_gradients], leaves, [g for _, g in traced_gradients], allow_unused=True
     )
@@ -290,15 +289,13 @@ def _backward_segment(
     dv[:, keys] += local_dv.view(heads, -1, local_dv.shape[-1])
     if plan.config.far == "drop":
         return
-    features, wide_do = query_features(q, plan.scale), do.to(lse.dtype)
-    mass = far.scores(plan.config, field, features, segment.blocks).scatter_(-2, chosen[..., rows], -math.inf)
+    wide_q, wide_do = q.to(lse.dtype), do.to(lse.dtype)
+    mass = far.scores(plan.config, field, wide_q, segment.blocks).scatter_(-2, chosen[..., rows], -math.inf)
     weights = mass.sub_(lse.unsqueeze(-2)).exp_()
     delta = (wide_do * o).sum(-1)
-    scaled = features[..., : q.shape[-1]]
-    scaled_dq = far.far_backward(
-        plan.config, field, gradients, scaled, weights, wide_do, delta, segment.blocks
+    dq[:, :, rows] += far.far_backward(
+        plan.config, field, gradients, wide_q, weights, wide_do, delta, segment.blocks
     )
-    dq[:, :, rows] += scaled_dq * plan.scale
 
 
 def _retrieval_blocks(plan: Plan, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The far field: every past block that a query does not read, as one entry of a softmax, forward and backward.
 
 Shapes: Z key heads of all rows, G query heads of each, S queries, N past blocks, C local blocks; scores are
-block-major, [Z, G, N, S]. Queries come scaled, in float32 or better; their features are `query_features`.
+block-major, [Z, G, N, S]. Queries come unscaled, in float32 or better.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bsbr.config import BSBRConfig
-from bsbr.ops.summaries import Summaries, log_mass, query_features
+from bsbr.ops.summaries import Summaries, log_mass
 
 
 class FarField(NamedTuple):
@@ -27,9 +27,13 @@ class FarField(NamedTuple):
     """Read states of each local block, [Z, 1 or G, C, D, Dv]; for state="token" those of the blocks, [Z, N, D, Dv]."""
     calibration: Tensor
     """[Z, G, 5]."""
+    scale: float
+    """Factor on q.k."""
 
 
-def read_states(config: BSBRConfig, summaries: Summaries, q_last: Tensor | None, calibration: Tensor) -> Tensor | None:
+def read_states(
+    config: BSBRConfig, summaries: Summaries, q_last: Tensor | None, calibration: Tensor, scale: float
+) -> Tensor | None:
     """Compute what the queries of each local block read of the first-order states.
 
     Source: docs/method.md; "global" is the mean over past blocks, "block" BSBR's softmax(R H^T) F with the closed
@@ -38,8 +42,9 @@ def read_states(config: BSBRConfig, summaries: Summaries, q_last: Tensor | None,
     Args:
         config: the settings.
         summaries: of the complete retrieval blocks.
-        q_last: for state="block", scaled last queries of local blocks 0 to C - 2, [Z, G, C - 1, D].
+        q_last: for state="block", last queries of local blocks 0 to C - 2, [Z, G, C - 1, D].
         calibration: [Z, G, 5].
+        scale: factor on q.k.
     Returns:
         [Z, 1 or G, C, D, Dv], the first local block reading zeros; the block states for "token"; None for "none".
     """
@@ -55,28 +60,28 @@ def read_states(config: BSBRConfig, summaries: Summaries, q_last: Tensor | None,
         read = torch.einsum("cn,zndv->zcdv", mean, states)[:, None]
     else:
         assert q_last is not None
-        score = _masses(config, query_features(q_last, 1.0), summaries.mean_k, summaries.var_k, calibration)
+        score = _masses(config, q_last, summaries.mean_k, summaries.var_k, calibration, scale)
         past = torch.arange(q_last.shape[2], device=score.device)  # the block after the one whose last query it is
         score = score.masked_fill(_not_past(score.shape[2], past + 1, per_block), -math.inf)
         read = torch.einsum("zgnc,zndv->zgcdv", score.softmax(-2), states)
     return torch.cat([torch.zeros_like(read[:, :, :1]), read], 2)
 
 
-def scores(config: BSBRConfig, field: FarField, features: Tensor, blocks: range) -> Tensor:
+def scores(config: BSBRConfig, field: FarField, q: Tensor, blocks: range) -> Tensor:
     """Estimate the log-mass of each past block for each query.
 
     Args:
         config: the settings.
         field: summaries; only the blocks that are past for the last query are scored.
-        features: of queries of consecutive local blocks, equally many of each, [Z, G, S, 2 D].
+        q: queries of consecutive local blocks, equally many of each, [Z, G, S, D].
         blocks: these local blocks.
     Returns:
         [Z, G, N, S], -inf where a block is not past.
     """
     per_block = config.block_size // config.unit
     count = blocks[-1] * per_block
-    mass = _masses(config, features, field.mean_k[:, :count], field.var_k[:, :count], field.calibration)
-    rows = features.shape[2] // len(blocks)
+    mass = _masses(config, q, field.mean_k[:, :count], field.var_k[:, :count], field.calibration, field.scale)
+    rows = q.shape[2] // len(blocks)
     for i, block in enumerate(blocks[:-1]):
         mass[:, :, block * per_block :, i * rows : (i + 1) * rows] = -math.inf
     return mass
@@ -106,9 +111,9 @@ def merge_far(
     merged = (lse - merged_lse).exp_().unsqueeze(-1) * o
     merged.addcmul_(weights.mT @ (gamma * field.mean_v[:, None, : mass.shape[2]]), share)
     if config.state == "token":
-        merged.addcmul_(_token_output(field, q, weights), beta * share)
+        merged.addcmul_(_token_output(field, q, weights), field.scale * beta * share)
     elif config.state != "none":
-        merged.addcmul_(_state_output(field, q, blocks), beta * share * total.unsqueeze(-1))
+        merged.addcmul_(_state_output(field, q, blocks), field.scale * beta * share * total.unsqueeze(-1))
     return merged, merged_lse
 
 
@@ -124,7 +129,7 @@ class FarGradients(NamedTuple):
 
 def zero_gradients(field: FarField) -> FarGradients:
     """Start the sums that `far_backward` adds to."""
-    return FarGradients(*(None if x is None else torch.zeros_like(x) for x in field))  # type: ignore[arg-type]
+    return FarGradients(*(None if x is None else torch.zeros_like(x) for x in field[:5]))  # type: ignore[arg-type]
 
 
 def far_backward(
@@ -149,11 +154,12 @@ def far_backward(
         do: gradient of o, [Z, G, S, Dv].
         delta: sum of do * o of the whole softmax, [Z, G, S].
     Returns:
-        Gradient of the scaled q, [Z, G, S, D].
+        Gradient of q, [Z, G, S, D].
     """
     count = weights.shape[2]
     mean_k, var_k, mean_v = (x[:, None, :count] for x in field[:3])
     _, mean_scale, var_scale, gamma, beta = field.calibration[..., None, None].unbind(2)
+    beta = field.scale * beta  # the state is read with the scaled query
     sums = gradients.calibration
 
     dvalue = mean_v @ do.mT  # [Z, G, N, S]
@@ -169,20 +175,22 @@ def far_backward(
 
     dmass = dweights.sub_(delta.unsqueeze(-2)).mul_(weights)
     sums[..., 0] += dmass.sum((-1, -2))
-    dlinear = dmass @ q  # [Z, G, N, D]
+    dlinear = field.scale * (dmass @ q)  # [Z, G, N, D]
     sums[..., 1] += (dlinear * mean_k).sum((-1, -2))
     gradients.mean_k[:, :count] += (mean_scale * dlinear).sum(1)
-    dq += dmass.mT @ (mean_scale * mean_k)
+    dq += dmass.mT @ (field.scale * mean_scale * mean_k)
     if config.far == "moments":
-        dsquare = dmass @ (q * q)
+        dsquare = field.scale**2 * (dmass @ (q * q))
         sums[..., 2] += (dsquare * var_k).sum((-1, -2)) / 2
         gradients.var_k[:, :count] += (var_scale / 2 * dsquare).sum(1)
-        dq += q * (dmass.mT @ (var_scale * var_k))
+        dq += q * (dmass.mT @ (field.scale**2 * var_scale * var_k))
     return dq
 
 
-def _masses(config: BSBRConfig, features: Tensor, mean_k: Tensor, var_k: Tensor, calibration: Tensor) -> Tensor:
-    return log_mass(features, mean_k, var_k if config.far == "moments" else None, config.unit, calibration)
+def _masses(
+    config: BSBRConfig, q: Tensor, mean_k: Tensor, var_k: Tensor, calibration: Tensor, scale: float
+) -> Tensor:
+    return log_mass(q, mean_k, var_k if config.far == "moments" else None, config.unit, calibration, scale)
 
 
 def _not_past(count: int, blocks: Tensor, per_block: int) -> Tensor:
@@ -216,7 +224,7 @@ def _state_backward(
     states = field.states[:, :, own]
     dread = folded_do @ states.mT  # [Z, G, C, m, D]
     along = (folded_q * dread).sum(-1).flatten(2)
-    gradients.calibration[..., 4] += (far_weight * along).sum(-1)
+    gradients.calibration[..., 4] += field.scale * (far_weight * along).sum(-1)
     weight = beta * far_weight.unsqueeze(-1)  # [Z, G, S, 1]
     dq += weight * dread.flatten(2, 3)
     dstates = folded_q.mT @ _folded(weight * do, blocks)  # [Z, G, C, D, Dv]
@@ -245,5 +253,5 @@ def _token_backward(
         weight = beta * weights[:, :, block, :, None]
         dq += weight * dread
         gradients.states[:, block] += (q.mT @ (weight * do)).sum(1)
-    gradients.calibration[..., 4] += (weights * along).sum((-1, -2))
+    gradients.calibration[..., 4] += field.scale * (weights * along).sum((-1, -2))
     return along

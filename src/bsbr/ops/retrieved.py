@@ -3,8 +3,8 @@
 All (query, block) pairs are sorted by block; then each block is one dense attention of the queries that chose it. The
 idea of FlashMoBA (arXiv 2511.11571) in plain tensors.
 
-The queries of a block are cut into tiles of a fixed number of rows, the last one padded: every matrix product then has
-the same shape whatever the choice, so that what later tokens choose cannot change an earlier result by a single bit.
+The queries of a block fill whole tiles, the last one padded: a matrix product then works on whole tiles of rows
+whatever the choice, so that what later tokens choose cannot change an earlier result by a single bit.
 """
 
 from typing import NamedTuple
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from bsbr.ops.tiles import Dropout, attend, attend_backward
+from bsbr.ops.tiles import Dropout
 
 _ROWS = 64
-"""Rows of a tile: more run faster, fewer waste less at the end of each block."""
+"""Rows of a tile: a multiple of what matrix kernels work on at once."""
 
 
 class Tiles(NamedTuple):
@@ -89,22 +89,23 @@ def merge_retrieved(
     """
     q = q.reshape(-1, q.shape[-1])
     part_o = lse.new_empty(tiles.query.numel(), o.shape[-1])
-    sizes = [count * _ROWS for count in tiles.counts]
-    lses, tile = [], 0
-    work = zip(tiles.query.split(sizes), blocks_k.split(1), blocks_v.split(1), part_o.split(sizes), strict=True)
-    for query, own_k, own_v, to in work:
-        if query.shape[0]:
-            own_q = q.index_select(0, query).view(1, -1, _ROWS, q.shape[-1])
-            own_o, own_lse = attend(own_q, own_k, own_v, scale, None, dropout, offset + tile)
-            to.copy_(own_o.flatten(0, 2))
-            lses.append(own_lse.flatten())
-            tile += own_q.shape[1]
-    every_lse = torch.cat([lse.reshape(1, -1), torch.cat(lses)[tiles.row.T]])  # [1 + top_k, Z * G * S]
-    total = every_lse.logsumexp(0)
-    weights = (every_lse - total).exp_()
-    merged = embedding_bag(tiles.row, part_o, mode="sum", per_sample_weights=weights[1:].T.contiguous())
-    merged.addcmul_(o.reshape(-1, o.shape[-1]), weights[0, :, None])
-    return merged.view_as(o), total.view_as(lse)
+    tops, totals = [], []
+    for block, rows in _blocks(tiles):
+        scores = _scores(q, blocks_k, tiles, block, rows, scale, lse.dtype)
+        top = scores.amax(1, keepdim=True)
+        weights = scores.sub_(top).exp_()
+        tops.append(top.squeeze(1))
+        totals.append(weights.sum(1))
+        if dropout.p:
+            weights *= dropout.mask(weights, offset + block)
+        torch.mm(weights, blocks_v[block].to(lse.dtype), out=part_o[rows])
+    top, total = torch.cat(tops), torch.cat(totals)
+    every_lse = torch.cat([lse.reshape(1, -1), (top + total.log())[tiles.row.T]])  # [1 + top_k, Z * G * S]
+    merged_lse = every_lse.logsumexp(0)
+    share = (top[tiles.row] - merged_lse[:, None]).exp_()  # of the weights before they are divided by their total
+    merged = embedding_bag(tiles.row, part_o, mode="sum", per_sample_weights=share)
+    merged.addcmul_(o.reshape(-1, o.shape[-1]), (every_lse[0] - merged_lse).exp_()[:, None])
+    return merged.view_as(o), merged_lse.view_as(lse)
 
 
 def retrieved_backward(
@@ -129,22 +130,41 @@ def retrieved_backward(
     Returns:
         dq [Z, G, S, D], dk [Z * N, unit, D] and dv [Z * N, unit, Dv], in the dtype of lse.
     """
-    shape = q.shape
-    do, q, o = (x.reshape(-1, x.shape[-1]) for x in (do, q, o))
+    shape, wide = q.shape, lse.dtype
+    do, q = do.reshape(-1, do.shape[-1]).to(wide), q.reshape(-1, shape[-1])
+    delta = (do * o.reshape(-1, o.shape[-1])).sum(1)
     row_lse = lse.reshape(-1)[tiles.query].masked_fill_(~tiles.used, torch.inf)  # a padded row weighs nothing
-    dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (blocks_k, blocks_v))
+    dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (blocks_k, blocks_v))
     part_q = lse.new_empty(tiles.query.numel(), q.shape[-1])
-    sizes, tile = [count * _ROWS for count in tiles.counts], 0
-    work = zip(tiles.query.split(sizes), row_lse.split(sizes), part_q.split(sizes), strict=True)
-    for block, (query, own_lse, to) in enumerate(work):
-        if query.shape[0]:
-            here = slice(block, block + 1)
-            own = (x.index_select(0, query).view(1, -1, _ROWS, x.shape[-1]) for x in (do, q, o))
-            own_do, own_q, own_o = own
-            part, dk[here], dv[here] = attend_backward(
-                own_do, own_q, blocks_k[here], blocks_v[here], own_o, own_lse.view(1, -1, _ROWS), scale, None,
-                dropout, offset + tile,
-            )  # fmt: skip
-            to.copy_(part.flatten(0, 2))
-            tile += own_q.shape[1]
+    for block, rows in _blocks(tiles):
+        query, own_k, own_v = tiles.query[rows], blocks_k[block].to(wide), blocks_v[block].to(wide)
+        own_do, own_q = do.index_select(0, query), q.index_select(0, query).to(wide)
+        scores = _scores(q, blocks_k, tiles, block, rows, scale, wide)
+        weights = scores.sub_(row_lse[rows, None]).exp_()
+        dweights, kept = own_do @ own_v.T, weights
+        if dropout.p:
+            mask = dropout.mask(weights, offset + block)
+            dweights, kept = dweights * mask, weights * mask
+        torch.mm(kept.T, own_do, out=dv[block])
+        dscores = dweights.sub_(delta.index_select(0, query)[:, None]).mul_(weights).mul_(scale)
+        torch.mm(dscores.T, own_q, out=dk[block])
+        torch.mm(dscores, own_k, out=part_q[rows])
     return embedding_bag(tiles.row, part_q, mode="sum").view(shape), dk, dv
+
+
+def _blocks(tiles: Tiles) -> list[tuple[int, slice]]:
+    """The blocks that some query chose, and their rows."""
+    found, start = [], 0
+    for block, count in enumerate(tiles.counts):
+        if count:
+            found.append((block, slice(start, start + count * _ROWS)))
+        start += count * _ROWS
+    return found
+
+
+def _scores(
+    q: Tensor, blocks_k: Tensor, tiles: Tiles, block: int, rows: slice, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """Scores of a block's queries with its keys, [rows, unit]."""
+    own_q = q.index_select(0, tiles.query[rows]).to(dtype)
+    return torch.addmm(own_q.new_empty(()), own_q, blocks_k[block].to(dtype).T, beta=0, alpha=scale)

@@ -55,49 +55,33 @@ def summarize(k: Tensor, v: Tensor, unit: int) -> Summaries:
     return Summaries(mean_k, centred_k.square().mean(-2), mean_v, states)
 
 
-def log_mass(features: Tensor, mean_k: Tensor, var_k: Tensor | None, unit: int, calibration: Tensor) -> Tensor:
+def log_mass(q: Tensor, mean_k: Tensor, var_k: Tensor | None, unit: int, calibration: Tensor, scale: float) -> Tensor:
     """Estimate the log of the softmax mass of each block for each query, block-major.
 
-    Source: docs/method.md; log n + a + sigma q.mu + lambda/2 (q*q).var.
+    Source: docs/method.md; log n + a + sigma q.mu + lambda/2 (q*q).var for scaled q. The scale is put on the
+    summaries, which are fewer than the queries.
 
     Blocks come before queries in the result, so that sums, maxima and masks over blocks run along contiguous
     queries: on a CPU this is several times faster than the other order.
 
     Args:
-        features: of the scaled queries, from `query_features`, [Z, G, S, 2 D].
+        q: queries, not scaled, [Z, G, S, D], in the dtype of the summaries.
         mean_k: [Z, N, D].
         var_k: [Z, N, D], or None for the first-order estimate.
         unit: keys in a block.
         calibration: [Z, G, 5].
+        scale: factor on q.
     Returns:
         [Z, G, N, S].
 
     Example:
         >>> one = torch.ones(1, 1, 3, 4)
-        >>> log_mass(query_features(one, 1.0), one[0], None, 8, torch.tensor([[UNCALIBRATED]])).shape
+        >>> log_mass(one, one[0], None, 8, torch.tensor([[UNCALIBRATED]]), 1.0).shape
         torch.Size([1, 1, 3, 3])
     """
     bias, mean_scale, var_scale = calibration[..., None, None, :3].unbind(-1)
-    weight = mean_scale * mean_k[:, None]  # [Z, G, N, D]
-    if var_k is None:
-        features = features[..., : mean_k.shape[-1]]
-    else:
-        weight = torch.cat([weight, var_scale / 2 * var_k[:, None]], -1)
-    return torch.matmul(weight, features.mT).add_(bias + math.log(unit))
-
-
-def query_features(q: Tensor, scale: float) -> Tensor:
-    """Return the scaled queries and their squares side by side, what `log_mass` is linear in.
-
-    Args:
-        q: queries, [..., D].
-        scale: factor on them.
-    Returns:
-        [..., 2 D], float32 (float64 for float64 input).
-
-    Example:
-        >>> query_features(torch.tensor([3.0]), 2.0).tolist()
-        [6.0, 36.0]
-    """
-    scaled = q.to(torch.promote_types(q.dtype, torch.float32)) * scale
-    return torch.cat([scaled, scaled * scaled], -1)
+    mass = torch.matmul(scale * mean_scale * mean_k[:, None], q.mT)  # [Z, G, N, S]
+    mass += bias + math.log(unit)
+    if var_k is not None:
+        mass += torch.matmul(scale * scale * var_scale / 2 * var_k[:, None], (q * q).mT)
+    return mass
