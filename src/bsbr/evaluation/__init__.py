@@ -1,0 +1,1 @@
+"""How close a converted model is to its original, and what it costs: measured, with intervals, resumable."""
