@@ -1,0 +1,172 @@
+"""What may stand where a model's attention stood: one table row for each mixer."""
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bsbr.config import BSBRConfig
+from bsbr.errors import UserError
+from bsbr.hf.parameters import AdditiveParameters, Calibration
+from bsbr.ops import bsbr_attention
+from bsbr.ops.schedule import dense_until
+from bsbr.peers import AdditiveConfig, ValueOnlyConfig, additive_attention, value_only_attention
+
+
+class MixerConfig(Protocol):
+    """The settings of a mixer: a frozen dataclass that knows its name and survives JSON."""
+
+    @property
+    def mixer(self) -> str:
+        """Name of the row in `MIXERS`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dict that JSON can hold."""
+
+
+class Call(NamedTuple):
+    """One call of an attention, rows starting at position 0."""
+
+    q: Tensor
+    """Queries, [B, Tq, HQ, D]; query i stands at position q_start + i."""
+    k: Tensor
+    """Keys, [B, T, H, D]."""
+    v: Tensor
+    """Values, [B, T, H, Dv]."""
+    hidden: Tensor | None
+    """Hidden states the queries were made of, [B, Tq, hidden], where the mixer asked for them."""
+    scale: float
+    """Factor on q.k."""
+    q_start: int
+    """Position of the first query."""
+    lengths: Tensor | None
+    """Real keys of each row, [B]; None means all."""
+    dropout_p: float
+    """Probability of dropping an attention weight."""
+
+
+class Mixer(NamedTuple):
+    """One row of `MIXERS`."""
+
+    config: Any
+    """Class of the settings."""
+    parameters: Callable[[Any, nn.Module], nn.Module | None]
+    """Makes what an attention module learns for this mixer, from the settings and the module."""
+    attend: Callable[[Call, Any, Any], Tensor]
+    """The attention, from the call, the settings and the learned parameters (None where nothing is attached)."""
+    exact_until: Callable[[Any], int]
+    """Tokens up to which the mixer is softmax attention, by definition."""
+
+
+def _attend_bsbr(call: Call, settings: BSBRConfig, parameters: Calibration | None) -> Tensor:
+    if settings.state == "block" and call.q_start:
+        raise NotImplementedError('state="block" cannot continue from a cache: pass use_cache=False or state="global"')
+    o = bsbr_attention(
+        call.q, call.k, call.v, settings, scale=call.scale, q_start=call.q_start, lengths=call.lengths,
+        calibration=None if parameters is None else parameters.calibration, dropout_p=call.dropout_p,
+    )  # fmt: skip
+    assert isinstance(o, Tensor)
+    return o
+
+
+def _attend_additive(call: Call, settings: AdditiveConfig, parameters: AdditiveParameters | None) -> Tensor:
+    if parameters is None or call.hidden is None:
+        raise NotImplementedError("the additive mixer needs its learned projections: make the model with bsbr.convert")
+    if call.q_start:
+        raise NotImplementedError(
+            "the additive mixer cannot continue from a cache, it needs past hidden states: pass use_cache=False"
+        )
+    q_meta, k_meta = parameters.meta(call.hidden, settings.block_size)
+    return additive_attention(
+        call.q, call.k, call.v, q_meta, k_meta, block_size=settings.block_size, scale=call.scale,
+        compress=parameters.compress, decompress=parameters.decompress, dropout_p=call.dropout_p,
+    )  # fmt: skip
+
+
+def _attend_value_only(call: Call, settings: ValueOnlyConfig, parameters: None) -> Tensor:
+    return value_only_attention(call.q, call.v, q_start=call.q_start)
+
+
+MIXERS = {
+    "bsbr": Mixer(BSBRConfig, Calibration, _attend_bsbr, dense_until),
+    "additive": Mixer(AdditiveConfig, AdditiveParameters, _attend_additive, lambda settings: settings.block_size),
+    "value_only": Mixer(ValueOnlyConfig, lambda settings, module: None, _attend_value_only, lambda settings: 0),
+}
+"""Every mixer by name."""
+
+
+def write_settings(settings: MixerConfig) -> dict[str, Any]:
+    """Return what a model's config keeps of a mixer's settings.
+
+    Args:
+        settings: a BSBRConfig, AdditiveConfig or ValueOnlyConfig.
+    Returns:
+        The fields and the mixer's name.
+    Raises:
+        UserError: not the settings of a mixer.
+
+    Example:
+        >>> write_settings(ValueOnlyConfig())
+        {'mixer': 'value_only'}
+    """
+    name = getattr(settings, "mixer", None)
+    if name not in MIXERS or type(settings) is not MIXERS[name].config:
+        expected = ", ".join(row.config.__name__ for row in MIXERS.values())
+        raise UserError(f"config must be one of {expected}, got {type(settings).__name__}")
+    return settings.to_dict() | {"mixer": name}
+
+
+def read_settings(values: Mapping[str, Any] | None) -> tuple[Mixer, Any]:
+    """Return the mixer and its settings from what a model's config keeps.
+
+    Args:
+        values: as from `write_settings`; None means BSBR with its defaults, a missing name BSBR.
+    Returns:
+        The row of `MIXERS`, and the settings.
+    Raises:
+        UserError: no such mixer, or settings it does not accept.
+
+    Example:
+        >>> read_settings({"top_k": 2})[1].top_k
+        2
+    """
+    if not isinstance(values or {}, Mapping):
+        raise UserError(f"the model's bsbr settings are not valid: expected a table, got {values!r}")
+    try:
+        return _read(tuple(values.items()) if values else ())
+    except TypeError as error:  # a list or table cannot be looked up, and is no setting either
+        raise UserError(f"the model's bsbr settings are not valid: {error}") from error
+
+
+@lru_cache(maxsize=256)  # called by every layer at every step
+def _read(items: tuple[tuple[str, Any], ...]) -> tuple[Mixer, Any]:
+    values = dict(items)
+    name = values.pop("mixer", "bsbr")
+    if name not in MIXERS:
+        raise UserError(f"unknown mixer {name!r}: expected one of {', '.join(MIXERS)}")
+    try:
+        return MIXERS[name], MIXERS[name].config.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the model's bsbr settings are not valid: {error}") from error
+
+
+def attend(call: Call, mixer: Mixer, settings: Any, parameters: nn.Module | None) -> Tensor:
+    """Run a mixer outside of autocast, which would take the digits from its float32 summaries.
+
+    Args:
+        call: the tensors and numbers.
+        mixer, settings: as from `read_settings`.
+        parameters: what the module learned, or None.
+    Returns:
+        o, [B, Tq, HQ, Dv].
+    """
+    device = call.q.device.type
+    if not torch.is_autocast_enabled(device):
+        return mixer.attend(call, settings, parameters)
+    dtype = torch.get_autocast_dtype(device)
+    hidden = None if call.hidden is None else call.hidden.to(dtype)
+    call = call._replace(q=call.q.to(dtype), k=call.k.to(dtype), v=call.v.to(dtype), hidden=hidden)
+    with torch.autocast(device, enabled=False):
+        return mixer.attend(call, settings, parameters)

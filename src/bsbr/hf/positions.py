@@ -1,0 +1,167 @@
+"""Lengths that a model's positions allow, and more of them."""
+
+import warnings
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bsbr.errors import UserError
+from bsbr.hf.families import PREFIX
+from bsbr.hf.sharing import remove_hook, share
+
+Method = Literal["interpolate", "tile"]
+
+_LEARNED = {
+    "gpt2": ("transformer.wpe", 0),
+    "gpt_bigcode": ("transformer.wpe", 0),
+    "opt": ("model.decoder.embed_positions", 2),
+}
+"""Families with learned positions: where they are, and how many rows come before that of position 0."""
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Return how many learned positions a model has.
+
+    Args:
+        model: stock or converted.
+    Returns:
+        The number, or None where positions are computed (rotary) and any length runs.
+    """
+    found = _learned(model)
+    return None if found is None else found[0].num_embeddings - found[1]
+
+
+def check_length(model: PreTrainedModel, length: int) -> None:
+    """Refuse a length for which a model has no positions.
+
+    Args:
+        model: stock or converted.
+        length: tokens.
+    Raises:
+        UserError: the model has fewer positions.
+    """
+    available = max_positions(model)
+    if available is not None and length > available:
+        raise UserError(
+            f"length {length} is beyond the model's {available} positions: use at most {available} tokens, or extend "
+            f"the positions to {length} (max_length in Python, --max-length on the command line)"
+        )
+
+
+def extend_positions(model: PreTrainedModel, max_length: int, method: Method = "interpolate") -> PreTrainedModel:
+    """Give a model positions for more tokens; the model given stays as it is and shares all other weights.
+
+    Learned positions (GPT-2, OPT) are resized. Rotary models run at any length: only the maximum in their config is
+    raised, with a warning that the model was not trained so far out.
+
+    Args:
+        model: stock or converted.
+        max_length: tokens the result takes; a model that already takes them is returned as a copy without change.
+        method: "interpolate" stretches the learned positions linearly, which moves all of them but the first and
+            last; "tile" repeats them, which leaves the known ones as they are.
+    Returns:
+        The model with more positions.
+    Raises:
+        UserError: a method or length that makes no sense, positions of a kind that cannot be extended, or rotary
+            positions that are already scaled.
+    """
+    if method not in _METHODS:
+        raise UserError(f"method must be one of {', '.join(_METHODS)}, got {method!r}")
+    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
+        raise UserError(f"max_length must be an integer >= 1, got {max_length!r}")
+    model = share(model)
+    found = _learned(model)
+    if found is None:
+        _raise_rotary_maximum(model, max_length)
+    elif max_length > found[0].num_embeddings - found[1]:
+        embedding, offset = found
+        weight = embedding.weight.detach()
+        known = weight[offset:].float()
+        rows = _METHODS[method](known, max_length).to(weight.dtype)
+        # the module is this copy's own: only its weight was shared
+        embedding.weight = nn.Parameter(torch.cat([weight[:offset], rows]), embedding.weight.requires_grad)
+        embedding.num_embeddings = max_length + offset
+        model.config.max_position_embeddings = max_length
+    return model
+
+
+def _interpolate(known: Tensor, length: int) -> Tensor:
+    return F.interpolate(known.T[None], size=length, mode="linear", align_corners=True)[0].T
+
+
+def _tile(known: Tensor, length: int) -> Tensor:
+    return known.repeat(-(-length // len(known)), 1)[:length]
+
+
+_METHODS = {"interpolate": _interpolate, "tile": _tile}
+
+
+def _raise_rotary_maximum(model: PreTrainedModel, max_length: int) -> None:
+    config = model.config.get_text_config(decoder=True)
+    rotary: Any = getattr(config, "rope_parameters", None)
+    known = getattr(config, "max_position_embeddings", None)
+    if not rotary or known is None:
+        raise UserError(f"the positions of {model.config.model_type} models cannot be extended")
+    if max_length <= known:
+        return
+    kinds = {
+        str(part["rope_type"]) for part in (rotary, *rotary.values()) if isinstance(part, dict) and "rope_type" in part
+    }
+    if kinds != {"default"}:
+        raise UserError(
+            f"this model already scales its positions ({', '.join(sorted(kinds - {'default'}))}): load it with the "
+            "rope_parameters that suit the length"
+        )
+    config.max_position_embeddings = max_length
+    warnings.warn(f"rotary positions beyond {known} run, but the model may not have been trained on them", stacklevel=4)
+
+
+def _learned(model: PreTrainedModel) -> tuple[nn.Embedding, int] | None:
+    path, offset = _LEARNED.get(model.config.model_type.removeprefix(PREFIX), (None, 0))
+    if path is None:
+        return None
+    embedding = model.get_submodule(path)
+    assert isinstance(embedding, nn.Embedding)
+    return embedding, offset
+
+
+def guard_positions(model: PreTrainedModel, *, on: bool = True) -> None:
+    """Make a model with learned positions answer a position it does not have with one sentence.
+
+    Args:
+        model: a converted model.
+        on: False takes the guard away.
+    """
+    found = _learned(model)
+    if found is None:
+        return
+    remove_hook(found[0], refuse_positions)
+    if on:
+        found[0].register_forward_pre_hook(refuse_positions, with_kwargs=True)
+
+
+def refuse_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of learned positions.
+
+    On a CPU the positions are looked at, which costs nothing; elsewhere only where there are too many tokens, so
+    that no device waits.
+
+    Raises:
+        UserError: a position beyond the last.
+    """
+    positions = kwargs.get("position_ids", args[0] if args else None)
+    if positions is None or positions.is_meta or torch.compiler.is_compiling() or not positions.numel():
+        return
+    assert isinstance(module, nn.Embedding)
+    available = module.num_embeddings - getattr(module, "offset", 0)
+    if positions.device.type != "cpu" and positions.shape[-1] <= available:
+        return
+    highest = int(positions.max())
+    if highest >= available:
+        raise UserError(
+            f"{highest + 1} tokens are beyond the model's {available} positions: use at most {available}, or extend "
+            "the positions (max_length in Python, --max-length on the command line)"
+        )

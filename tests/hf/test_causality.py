@@ -1,0 +1,30 @@
+"""No output knows what comes later: one token is changed, and all earlier outputs stay bit-identical."""
+
+import pytest
+import torch
+
+from bsbr import BSBRConfig, convert
+from bsbr.peers import AdditiveConfig
+
+CONFIGS = [
+    pytest.param(BSBRConfig(block_size=8, top_k=1), 47, id="default"),
+    pytest.param(
+        BSBRConfig(block_size=8, retrieval_block_size=4, top_k=3, far="mean", selection="group"), 41, id="units"
+    ),
+    pytest.param(BSBRConfig(block_size=8, top_k=1, far="drop", dense_below=20), 37, id="drop"),
+    pytest.param(BSBRConfig(block_size=8, top_k=0, state="block"), 47, id="states"),
+    pytest.param(BSBRConfig(block_size=16, top_k=1, state="token"), 51, id="token"),
+    pytest.param(AdditiveConfig(block_size=8, compression=4), 47, id="additive"),
+]
+
+
+@pytest.mark.parametrize(("config", "length"), CONFIGS)
+def test_no_token_moves_an_earlier_output(family, config, length, tiny, tokens, logits):
+    """Row t of a batch has token t changed; every row is compared with the same row of an unchanged batch."""
+    converted, ids = convert(tiny(family), config), tokens(1, length).repeat(length, 1)
+    changed = ids - torch.eye(length, dtype=torch.long)
+    moved = (logits(converted, changed) != logits(converted, ids)).any(-1)  # [changed token, output]
+    later = torch.ones(length, length, dtype=torch.bool).triu()
+    assert not moved[~later].any(), f"(token, earlier output) {(moved & ~later).nonzero().tolist()}"
+    assert moved.diagonal().all()
+    assert moved[later].float().mean() > 0.9, "later outputs depend on the token"
