@@ -23,6 +23,9 @@ def load(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[Any, A
     Raises:
         UserError: it cannot be loaded.
     """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # a bar per load says nothing a user waits for
     place = EMBEDDED_MODEL if name == EMBEDDED else name
     return load_model(place, dtype=dtype, device=device), load_tokenizer(place)
 
