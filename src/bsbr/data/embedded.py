@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from bsbr.data.text import read_documents, read_text, split_articles
+from bsbr.data.text import read_text, split_articles, split_segments
 
 EMBEDDED = "embedded"
 """What a user writes to mean the embedded model or text."""
@@ -11,6 +11,10 @@ _ASSETS = Path(__file__).parent.parent / "assets"
 
 EMBEDDED_MODEL = _ASSETS / "model"
 """Folder of the embedded language model and its tokenizer."""
+
+
+_SEGMENT = 30_000
+"""Characters of a segment of the book, several times what a window holds."""
 
 
 def calibration_text() -> str:
@@ -27,7 +31,7 @@ def calibration_text() -> str:
 
 
 def evaluation_texts() -> dict[str, list[str]]:
-    """Return the texts an evaluation reads: the articles of WikiText-2's test split, and a held-out book.
+    """Return the texts an evaluation reads: the articles of WikiText-2's test split, and segments of a book.
 
     Returns:
         "wikitext" and "book" to their documents.
@@ -38,5 +42,5 @@ def evaluation_texts() -> dict[str, list[str]]:
     """
     return {
         "wikitext": split_articles(read_text(_ASSETS / "text" / "wikitext-2-test.txt.xz")),
-        "book": read_documents(_ASSETS / "text" / "book.txt.xz"),
+        "book": split_segments(read_text(_ASSETS / "text" / "book.txt.xz"), _SEGMENT),
     }

@@ -80,6 +80,33 @@ def split_articles(text: str) -> list[str]:
     return [text[start:end] for start, end in pairwise(bounds) if text[start:end].strip()]
 
 
+def split_segments(text: str, characters: int) -> list[str]:
+    r"""Split a long text at paragraph ends into contiguous segments of about equal length.
+
+    One book is one document, and one document has no spread; segments much longer than what a model sees at once
+    stand in for documents.
+
+    Args:
+        text: any text; blank lines end paragraphs.
+        characters: least length of a segment; a shorter rest joins the last one.
+    Returns:
+        The segments in order: joined they give the text.
+
+    Example:
+        >>> split_segments("one\n\ntwo\n\nthree\n\nfour", 8)
+        ['one\n\ntwo\n\n', 'three\n\nfour']
+    """
+    segments, current = [], ""
+    for paragraph in re.split(r"(?<=\n\n)(?=[^\n])", text):
+        current += paragraph
+        if len(current) >= characters:
+            segments.append(current)
+            current = ""
+    if current:
+        segments[-1:] = [segments[-1] + current] if segments else [current]
+    return segments
+
+
 def read_documents(path: str | Path) -> list[str]:
     """Read a text file and split it at `<|endoftext|>` lines.
 

@@ -69,7 +69,7 @@ def _cells(by_length: Mapping[int, float], lengths: Sequence[int]) -> list[str]:
 
 def _new_table(title: str) -> Table:
     table = Table(title=title, title_justify="left")
-    table.add_column("model")
+    table.add_column("model", no_wrap=True, min_width=14)
     return table
 
 
