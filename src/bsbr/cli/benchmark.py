@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", type=lengths, default=default, help="lengths to time")
     parser.add_argument("--repeats", type=int, default=8, help="timings of each contender at each length")
     parser.add_argument("--budget", type=float, default=120.0, help="seconds a length may take before repeats are cut")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the extra run that measures memory")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--seed", type=int, default=0, help="of weights and tokens")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run in the output folder")
@@ -63,7 +64,8 @@ def run(args: argparse.Namespace) -> None:
     config = SuiteConfig(
         lengths=args.lengths,
         fixed_tokens=0,
-        speed=SpeedSettings(rounds=-(-args.repeats // 2), budget_s=args.budget),
+        speed=SpeedSettings(rounds=-(-args.repeats // 2), budget_s=args.budget, least_rounds=1),
+        measure_memory=not args.no_memory,
         quality_variants=(),
         trained_positions=1024,
         seed=args.seed,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bsbr.config import BSBRConfig
 from bsbr.ops import far, retrieved
+from bsbr.ops.exponentials import exp_
 from bsbr.ops.routing import select_blocks
 from bsbr.ops.schedule import Group, Plan, Segment, head_groups
 from bsbr.ops.summaries import summarize
@@ -205,10 +206,11 @@ def _forward_segment(
     o, lse = (_unfold(segment, x, heads) for x in parts)
     wide_q = q.to(lse.dtype)
     mass = far.scores(plan.config, field, wide_q, segment.blocks)
-    if choose and plan.config.top_k:
+    if plan.config.top_k and choose:
         chosen.copy_(select_blocks(mass, plan.config.top_k, plan.config.selection))
-    if plan.config.far != "drop":
+    elif plan.config.top_k:
         mass.scatter_(-2, chosen, -math.inf)
+    if plan.config.far != "drop":
         o, lse = far.merge_far(plan.config, field, wide_q, mass, segment.blocks, o, lse)
     return o, lse
 
@@ -291,11 +293,9 @@ def _backward_segment(
         return
     wide_q, wide_do = q.to(lse.dtype), do.to(lse.dtype)
     mass = far.scores(plan.config, field, wide_q, segment.blocks).scatter_(-2, chosen[..., rows], -math.inf)
-    weights = mass.sub_(lse.unsqueeze(-2)).exp_()
+    weights = exp_(mass.sub_(lse.unsqueeze(-2)))
     delta = (wide_do * o).sum(-1)
-    dq[:, :, rows] += far.far_backward(
-        plan.config, field, gradients, wide_q, weights, wide_do, delta, segment.blocks
-    )
+    dq[:, :, rows] += far.far_backward(plan.config, field, gradients, wide_q, weights, wide_do, delta, segment.blocks)
 
 
 def _retrieval_blocks(plan: Plan, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

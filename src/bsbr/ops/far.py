@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bsbr.config import BSBRConfig
+from bsbr.ops.exponentials import exp_
 from bsbr.ops.summaries import Summaries, log_mass
 
 
@@ -103,18 +104,18 @@ def merge_far(
         o and lse over the former keys and the far field together, o in the dtype of lse.
     """
     gamma, beta = field.calibration[..., None, None, 3:].unbind(-1)
+    beta = field.scale * beta  # the state is read with the scaled query
     top = mass.amax(-2).clamp_(min=torch.finfo(mass.dtype).min)  # an empty field stays finite
-    weights = mass.sub_(top.unsqueeze(-2)).exp_()
+    weights = exp_(mass.sub_(top.unsqueeze(-2)))
     total = weights.sum(-2)  # [Z, G, S]
-    merged_lse = torch.logaddexp(lse, top + total.log())
-    share = (top - merged_lse).exp_().unsqueeze(-1)
-    merged = (lse - merged_lse).exp_().unsqueeze(-1) * o
-    merged.addcmul_(weights.mT @ (gamma * field.mean_v[:, None, : mass.shape[2]]), share)
+    value = weights.mT @ (gamma * field.mean_v[:, None, : mass.shape[2]])
     if config.state == "token":
-        merged.addcmul_(_token_output(field, q, weights), field.scale * beta * share)
+        value.addcmul_(_token_output(field, q, weights), beta)
     elif config.state != "none":
-        merged.addcmul_(_state_output(field, q, blocks), field.scale * beta * share * total.unsqueeze(-1))
-    return merged, merged_lse
+        _add_state_output(field, q * (beta * total.unsqueeze(-1)), blocks, value)
+    merged_lse = torch.logaddexp(lse, top + total.log())
+    merged = o * exp_(lse - merged_lse).unsqueeze(-1)
+    return merged.addcmul_(value, exp_(top - merged_lse).unsqueeze(-1)), merged_lse
 
 
 class FarGradients(NamedTuple):
@@ -187,9 +188,7 @@ def far_backward(
     return dq
 
 
-def _masses(
-    config: BSBRConfig, q: Tensor, mean_k: Tensor, var_k: Tensor, calibration: Tensor, scale: float
-) -> Tensor:
+def _masses(config: BSBRConfig, q: Tensor, mean_k: Tensor, var_k: Tensor, calibration: Tensor, scale: float) -> Tensor:
     return log_mass(q, mean_k, var_k if config.far == "moments" else None, config.unit, calibration, scale)
 
 
@@ -203,9 +202,11 @@ def _folded(x: Tensor, blocks: range) -> Tensor:
     return x.unflatten(2, (len(blocks), -1))
 
 
-def _state_output(field: FarField, q: Tensor, blocks: range) -> Tensor:
+def _add_state_output(field: FarField, q: Tensor, blocks: range, o: Tensor) -> None:
+    """Add to o what the queries read of their local block's state."""
     assert field.states is not None
-    return (_folded(q, blocks) @ field.states[:, :, blocks.start : blocks.stop]).flatten(2, 3)
+    states = field.states[:, :, blocks.start : blocks.stop].expand(-1, q.shape[1], -1, -1, -1)
+    _folded(o, blocks).flatten(0, 2).baddbmm_(_folded(q, blocks).flatten(0, 2), states.flatten(0, 2))
 
 
 def _state_backward(

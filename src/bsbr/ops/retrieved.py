@@ -5,14 +5,19 @@ idea of FlashMoBA (arXiv 2511.11571) in plain tensors.
 
 The queries of a block fill whole tiles, the last one padded: a matrix product then works on whole tiles of rows
 whatever the choice, so that what later tokens choose cannot change an earlier result by a single bit.
+
+A block is little work, so each step writes into tensors made once, and all views of them are made at once.
 """
 
+import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from bsbr.ops.exponentials import LOG2_E, exp_
 from bsbr.ops.tiles import Dropout
 
 _ROWS = 64
@@ -29,7 +34,18 @@ class Tiles(NamedTuple):
     counts: list[int]
     """Tiles of each of the Z * N blocks."""
     row: Tensor
-    """The rows of each query, [Z * G * S, top_k]."""
+    """The rows of each query, [top_k, Z * G * S]."""
+
+    def blocks(self, *by_row: Tensor) -> Iterator[tuple[int, list[Tensor]]]:
+        """Yield the blocks that some query chose, each with its part of tensors that have an entry for every row."""
+        parts = [x.split([count * _ROWS for count in self.counts]) for x in by_row]
+        for block, count in enumerate(self.counts):
+            if count:
+                yield block, [x[block] for x in parts]
+
+    def workspace(self, *widths: int, like: Tensor) -> list[Tensor]:
+        """Make tensors that can hold the rows of any block, [rows, width], in the dtype of `like`."""
+        return [like.new_empty(max(self.counts) * _ROWS, width) for width in widths]
 
 
 def plan_tiles(block_indices: Tensor, num_blocks: int) -> Tiles:
@@ -56,10 +72,11 @@ def plan_tiles(block_indices: Tensor, num_blocks: int) -> Tiles:
     shift = (counts.cumsum(0) - counts) * _ROWS - (pairs.cumsum(0) - pairs)
     sorted_row = torch.arange(order.numel(), device=order.device) + shift.repeat_interleave(pairs)
     num_rows = int(counts.sum()) * _ROWS
-    query = sorted_row.new_zeros(num_rows).scatter_(0, sorted_row, order % (order.numel() // top_k))
+    pair_query = torch.arange(order.numel() // top_k, device=order.device).repeat(top_k)
+    query = sorted_row.new_zeros(num_rows).scatter_(0, sorted_row, pair_query[order])
     used = torch.zeros(num_rows, dtype=torch.bool, device=order.device).scatter_(0, sorted_row, True)
     row = torch.empty_like(order).scatter_(0, order, sorted_row)
-    return Tiles(query, used, counts.tolist(), row.view(top_k, -1).T.contiguous())
+    return Tiles(query, used, counts.tolist(), row.view(top_k, -1))
 
 
 def merge_retrieved(
@@ -87,24 +104,27 @@ def merge_retrieved(
     Returns:
         o and lse over the former keys and the chosen blocks together.
     """
-    q = q.reshape(-1, q.shape[-1])
+    q = q.reshape(-1, q.shape[-1]).to(lse.dtype)
+    keys, values = _base_two(blocks_k, scale, lse.dtype), blocks_v.to(lse.dtype).unbind()
     part_o = lse.new_empty(tiles.query.numel(), o.shape[-1])
-    tops, totals = [], []
-    for block, rows in _blocks(tiles):
-        scores = _scores(q, blocks_k, tiles, block, rows, scale, lse.dtype)
-        top = scores.amax(1, keepdim=True)
-        weights = scores.sub_(top).exp_()
-        tops.append(top.squeeze(1))
-        totals.append(weights.sum(1))
+    top, total = lse.new_empty(2, tiles.query.numel(), 1)
+    work_q, work = tiles.workspace(q.shape[1], blocks_k.shape[1], like=lse)
+    for block, (query, block_o, block_top, block_total) in tiles.blocks(tiles.query, part_o, top, total):
+        own_q, weights = work_q[: len(query)], work[: len(query)]
+        torch.mm(torch.index_select(q, 0, query, out=own_q), keys[block], out=weights)
+        torch.amax(weights, 1, True, out=block_top)
+        torch.sum(weights.sub_(block_top).exp2_(), 1, True, out=block_total)
         if dropout.p:
             weights *= dropout.mask(weights, offset + block)
-        torch.mm(weights, blocks_v[block].to(lse.dtype), out=part_o[rows])
-    top, total = torch.cat(tops), torch.cat(totals)
-    every_lse = torch.cat([lse.reshape(1, -1), (top + total.log())[tiles.row.T]])  # [1 + top_k, Z * G * S]
-    merged_lse = every_lse.logsumexp(0)
-    share = (top[tiles.row] - merged_lse[:, None]).exp_()  # of the weights before they are divided by their total
-    merged = embedding_bag(tiles.row, part_o, mode="sum", per_sample_weights=share)
-    merged.addcmul_(o.reshape(-1, o.shape[-1]), (every_lse[0] - merged_lse).exp_()[:, None])
+        torch.mm(weights, values[block], out=block_o)
+    top *= math.log(2)
+    row, shape = tiles.row.flatten(), tiles.row.shape
+    every_lse = torch.cat([lse.reshape(1, -1), (top + total.log())[row].view(shape)])  # [1 + top_k, Z * G * S]
+    highest = every_lse.amax(0)
+    merged_lse = exp_(every_lse - highest).sum(0).log_().add_(highest)
+    share = exp_(top[row].view(shape) - merged_lse)  # of the weights before they are divided by their total
+    merged = embedding_bag(tiles.row.T.contiguous(), part_o, mode="sum", per_sample_weights=share.T.contiguous())
+    merged.addcmul_(o.reshape(-1, o.shape[-1]), exp_(every_lse[0] - merged_lse)[:, None])
     return merged.view_as(o), merged_lse.view_as(lse)
 
 
@@ -131,40 +151,30 @@ def retrieved_backward(
         dq [Z, G, S, D], dk [Z * N, unit, D] and dv [Z * N, unit, Dv], in the dtype of lse.
     """
     shape, wide = q.shape, lse.dtype
-    do, q = do.reshape(-1, do.shape[-1]).to(wide), q.reshape(-1, shape[-1])
-    delta = (do * o.reshape(-1, o.shape[-1])).sum(1)
-    row_lse = lse.reshape(-1)[tiles.query].masked_fill_(~tiles.used, torch.inf)  # a padded row weighs nothing
+    do, q = do.reshape(-1, do.shape[-1]).to(wide), q.reshape(-1, shape[-1]).to(wide)
+    delta = (do * o.reshape(-1, o.shape[-1])).sum(1)[tiles.query, None]
+    row_lse = (LOG2_E * lse.reshape(-1))[tiles.query].masked_fill_(~tiles.used, torch.inf)  # padded rows weigh nothing
+    keys, wide_k, wide_v = _base_two(blocks_k, scale, wide), blocks_k.to(wide).unbind(), blocks_v.to(wide).mT.unbind()
     dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (blocks_k, blocks_v))
     part_q = lse.new_empty(tiles.query.numel(), q.shape[-1])
-    for block, rows in _blocks(tiles):
-        query, own_k, own_v = tiles.query[rows], blocks_k[block].to(wide), blocks_v[block].to(wide)
-        own_do, own_q = do.index_select(0, query), q.index_select(0, query).to(wide)
-        scores = _scores(q, blocks_k, tiles, block, rows, scale, wide)
-        weights = scores.sub_(row_lse[rows, None]).exp_()
-        dweights, kept = own_do @ own_v.T, weights
+    unit = blocks_k.shape[1]
+    works = tiles.workspace(q.shape[1], do.shape[1], unit, unit, like=lse)
+    for block, (query, own_lse, own_delta, own_dq) in tiles.blocks(tiles.query, row_lse[:, None], delta, part_q):
+        own_q, own_do, weights, dweights = (x[: len(query)] for x in works)
+        torch.mm(torch.index_select(q, 0, query, out=own_q), keys[block], out=weights).sub_(own_lse).exp2_()
+        torch.mm(torch.index_select(do, 0, query, out=own_do), wide_v[block], out=dweights)
+        kept = weights
         if dropout.p:
             mask = dropout.mask(weights, offset + block)
             dweights, kept = dweights * mask, weights * mask
         torch.mm(kept.T, own_do, out=dv[block])
-        dscores = dweights.sub_(delta.index_select(0, query)[:, None]).mul_(weights).mul_(scale)
+        dscores = dweights.sub_(own_delta).mul_(weights)
         torch.mm(dscores.T, own_q, out=dk[block])
-        torch.mm(dscores, own_k, out=part_q[rows])
-    return embedding_bag(tiles.row, part_q, mode="sum").view(shape), dk, dv
+        torch.mm(dscores, wide_k[block], out=own_dq)
+    dq = embedding_bag(tiles.row.T.contiguous(), part_q, mode="sum")
+    return dq.mul_(scale).view(shape), dk.mul_(scale), dv
 
 
-def _blocks(tiles: Tiles) -> list[tuple[int, slice]]:
-    """The blocks that some query chose, and their rows."""
-    found, start = [], 0
-    for block, count in enumerate(tiles.counts):
-        if count:
-            found.append((block, slice(start, start + count * _ROWS)))
-        start += count * _ROWS
-    return found
-
-
-def _scores(
-    q: Tensor, blocks_k: Tensor, tiles: Tiles, block: int, rows: slice, scale: float, dtype: torch.dtype
-) -> Tensor:
-    """Scores of a block's queries with its keys, [rows, unit]."""
-    own_q = q.index_select(0, tiles.query[rows]).to(dtype)
-    return torch.addmm(own_q.new_empty(()), own_q, blocks_k[block].to(dtype).T, beta=0, alpha=scale)
+def _base_two(blocks_k: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Keys whose products with queries are powers of two, [D, unit] of each block."""
+    return (blocks_k.to(dtype) * (scale * LOG2_E)).mT.unbind()

@@ -8,10 +8,6 @@ from torch import Tensor
 from bsbr.config import Selection
 
 
-_GROUP = 8
-"""Blocks looked at together: a maximum over groups and one inside a group are less work than one over all blocks."""
-
-
 def select_blocks(scores: Tensor, top_k: int, selection: Selection) -> Tensor:
     """Choose the `top_k` blocks of largest score for every query.
 
@@ -19,7 +15,8 @@ def select_blocks(scores: Tensor, top_k: int, selection: Selection) -> Tensor:
     are taken one by one along contiguous queries, which a CPU vectorises, where `torch.topk` goes row by row.
 
     Args:
-        scores: [Z, G, N, S], -inf for a block that is not past; at least `top_k` others for every query.
+        scores: [Z, G, N, S], -inf for a block that is not past; at least `top_k` others for every query. Those of
+            the chosen blocks are overwritten with -inf.
         top_k: blocks to choose, 1 to N.
         selection: "head" chooses for each of the G query heads, "group" once for all of them, by the largest
             of their block probabilities.
@@ -32,20 +29,23 @@ def select_blocks(scores: Tensor, top_k: int, selection: Selection) -> Tensor:
     """
     if selection == "group" and scores.shape[1] > 1:
         shared = (scores - scores.logsumexp(-2, keepdim=True)).amax(1, keepdim=True)
-        return _select(shared, top_k).expand(-1, scores.shape[1], -1, -1)
-    return _select(scores, top_k)
+        chosen = _take_best(shared, top_k).expand(-1, scores.shape[1], -1, -1)
+        scores.scatter_(-2, chosen, -math.inf)
+        return chosen
+    return _take_best(scores, top_k)
 
 
-def _select(scores: Tensor, top_k: int) -> Tensor:
-    missing = -scores.shape[-2] % _GROUP
-    rest = torch.nn.functional.pad(scores, (0, 0, 0, missing), value=-math.inf).unflatten(-2, (-1, _GROUP))
-    best = rest.amax(-2)  # of each group, [Z, G, N / 8, S]
-    chosen = []
+def _take_best(scores: Tensor, top_k: int) -> Tensor:
+    """The best one after the other, each replaced by -inf.
+
+    A maximum and comparisons that give 0 and 1 as floats are vectorised; a maximum with indices is not.
+    """
+    count = scores.shape[-2]
+    earliness = torch.arange(count, 0, -1, dtype=scores.dtype, device=scores.device)[:, None]
+    equal, chosen = torch.empty_like(scores), []
     for _ in range(top_k):
-        group = best.max(-2, keepdim=True).indices  # the first of equals, [Z, G, 1, S]
-        members = rest.gather(-3, group.unsqueeze(-2).expand(-1, -1, -1, _GROUP, -1)).squeeze(-3)
-        member = members.max(-2, keepdim=True).indices
-        chosen.append(group * _GROUP + member)
-        rest.flatten(-3, -2).scatter_(-2, chosen[-1], -math.inf)
-        best.scatter_(-2, group, members.scatter_(-2, member, -math.inf).amax(-2, keepdim=True))
+        torch.eq(scores, scores.amax(-2, keepdim=True), out=equal)
+        first = count - equal.mul_(earliness).amax(-2, keepdim=True)  # of equals
+        chosen.append(first.long().clamp_(max=count - 1))  # without the clamp, scores that are no numbers fall outside
+        scores.scatter_(-2, chosen[-1], -math.inf)
     return torch.cat(chosen, -2)

@@ -13,6 +13,10 @@ UNCALIBRATED = (0.0, 1.0, 1.0, 1.0, 1.0)
 """Their values before calibration: the plain second-order expansion."""
 
 
+_ELEMENTS = 1 << 17
+"""Elements of keys summarised at once: they should stay in a CPU core's cache."""
+
+
 class Summaries(NamedTuple):
     """Summaries of the complete retrieval blocks, in float32 or better; Z stands for any leading axes."""
 
@@ -47,12 +51,20 @@ def summarize(k: Tensor, v: Tensor, unit: int) -> Summaries:
     """
     num_blocks = k.shape[-2] // unit
     dtype = torch.promote_types(k.dtype, torch.float32)
-    k = k[..., : num_blocks * unit, :].unflatten(-2, (num_blocks, unit)).to(dtype)
-    v = v[..., : num_blocks * unit, :].unflatten(-2, (num_blocks, unit)).to(dtype)
+    k, v = (x[..., : num_blocks * unit, :].unflatten(-2, (num_blocks, unit)) for x in (k, v))
+    step = max(1, _ELEMENTS * num_blocks // max(1, k.numel()))
+    parts = [_moments(*part, dtype) for part in zip(k.split(step, -3), v.split(step, -3), strict=True)]
+    mean_k, var_k, mean_v, states = zip(*parts, strict=True)
+    return Summaries(*(torch.cat(x, -2) for x in (mean_k, var_k, mean_v)), torch.cat(states, -3))
+
+
+def _moments(k: Tensor, v: Tensor, dtype: torch.dtype) -> Summaries:
+    """Summaries of blocks, [..., N, unit, D]."""
+    k, v = k.to(dtype), v.to(dtype)
     mean_k, mean_v = k.mean(-2), v.mean(-2)
     centred_k = k - mean_k.unsqueeze(-2)
-    states = centred_k.mT @ (v - mean_v.unsqueeze(-2)) / unit
-    return Summaries(mean_k, centred_k.square().mean(-2), mean_v, states)
+    states = centred_k.mT @ (v - mean_v.unsqueeze(-2))
+    return Summaries(mean_k, centred_k.square().mean(-2), mean_v, states / k.shape[-2])
 
 
 def log_mass(q: Tensor, mean_k: Tensor, var_k: Tensor | None, unit: int, calibration: Tensor, scale: float) -> Tensor:
@@ -79,9 +91,11 @@ def log_mass(q: Tensor, mean_k: Tensor, var_k: Tensor | None, unit: int, calibra
         >>> log_mass(one, one[0], None, 8, torch.tensor([[UNCALIBRATED]]), 1.0).shape
         torch.Size([1, 1, 3, 3])
     """
-    bias, mean_scale, var_scale = calibration[..., None, None, :3].unbind(-1)
-    mass = torch.matmul(scale * mean_scale * mean_k[:, None], q.mT)  # [Z, G, N, S]
-    mass += bias + math.log(unit)
+    bias, mean_scale, var_scale = calibration.flatten(0, 1)[:, None, None, :3].unbind(-1)  # [Z * G, 1, 1]
+    flat_q = q.flatten(0, 1).mT
+    mean_k = mean_k.repeat_interleave(q.shape[1], 0)
+    mass = torch.baddbmm(bias + math.log(unit), scale * mean_scale * mean_k, flat_q)  # [Z * G, N, S]
     if var_k is not None:
-        mass += torch.matmul(scale * scale * var_scale / 2 * var_k[:, None], (q * q).mT)
-    return mass
+        var_k = var_k.repeat_interleave(q.shape[1], 0)
+        mass = mass.baddbmm_(scale * scale * var_scale / 2 * var_k, flat_q.square())
+    return mass.unflatten(0, q.shape[:2])
