@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibrate", metavar="TEXT", default=EMBEDDED, help="text file, embedded, or none")
     parser.add_argument("--lengths", type=lengths, default=(128, 256, 512, 1024, 2048), help="lengths to time")
     parser.add_argument("--window", type=int, help="tokens of a quality window; None: 2048 or the model's positions")
-    parser.add_argument("--documents", type=int, default=20, help="documents of each text")
+    parser.add_argument("--documents", type=int, default=12, help="documents of each text")
     parser.add_argument("--repeats", type=int, default=8, help="timings of each contender at each length")
     parser.add_argument("--max-length", type=int, help="extend the positions, so that longer lengths can be timed")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
