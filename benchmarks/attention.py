@@ -146,7 +146,7 @@ def density(length: int, config: BSBRConfig) -> float:
     return (read.sum() / (position + 1).sum()).item()
 
 
-def _as_dict(estimate: Estimate) -> dict[str, float]:
+def _as_dict(estimate: Estimate) -> dict[str, Any]:
     return {"median": estimate.value, "q20": estimate.low, "q80": estimate.high, "n": estimate.n}
 
 

@@ -17,7 +17,7 @@ MODEL = EMBEDDED_MODEL
 def main() -> None:
     """Run the example."""
     original, tokenizer = load_model(MODEL), load_tokenizer(MODEL)
-    config = bsbr.BSBRConfig(block_size=64, top_k=2)
+    config = bsbr.BSBRConfig(block_size=64, top_k=2, dense_below=0)
     model = bsbr.convert(original, config)  # shares the weights; `original` stays usable
     # Few tokens, so that the example is quick; leave both numbers out for a model that is to be used.
     bsbr.calibrate(model, calibration_text(), tokenizer=tokenizer, tokens=2048, length=1024, queries_per_head=64)

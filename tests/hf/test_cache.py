@@ -8,7 +8,7 @@ from bsbr import BSBRConfig, convert
 from bsbr.peers import AdditiveConfig
 
 CONFIGS = [
-    pytest.param(BSBRConfig(block_size=8, top_k=1), id="bsbr"),
+    pytest.param(BSBRConfig(dense_below=0, block_size=8, top_k=1), id="bsbr"),
     pytest.param(BSBRConfig(block_size=8, retrieval_block_size=4, top_k=2, state="token", dense_below=19), id="units"),
 ]
 
@@ -24,7 +24,7 @@ def test_prefill_and_decode_equal_one_forward_pass(family, config, splits, tiny,
 
 
 def test_decoding_a_ragged_batch_equals_each_row_alone(family, tiny, tokens, logits):
-    converted, ids = convert(tiny(family), BSBRConfig(block_size=8, top_k=1)), tokens(3, 45)
+    converted, ids = convert(tiny(family), BSBRConfig(dense_below=0, block_size=8, top_k=1)), tokens(3, 45)
     mask = torch.ones(3, 45, dtype=torch.long)
     mask[0, :20] = mask[1, :3] = 0
     place, cache, parts = (mask.cumsum(1) - 1).clamp(min=0), DynamicCache(), []
@@ -43,7 +43,7 @@ def test_decoding_a_ragged_batch_equals_each_row_alone(family, tiny, tokens, log
 
 @pytest.mark.parametrize("settings", [{"do_sample": False}, {"do_sample": True}, {"num_beams": 3}], ids=str)
 def test_generate_is_the_same_with_every_cache(family, settings, tiny, tokens):
-    converted, ids = convert(tiny(family), BSBRConfig(block_size=8, top_k=1)), tokens(2, 30)
+    converted, ids = convert(tiny(family), BSBRConfig(dense_below=0, block_size=8, top_k=1)), tokens(2, 30)
     mask = torch.ones(2, 30, dtype=torch.long)
     mask[0, :11] = 0
     outputs = []
@@ -57,14 +57,14 @@ def test_generate_is_the_same_with_every_cache(family, settings, tiny, tokens):
 
 
 def test_greedy_generation_is_the_argmax_of_the_whole_text(family, tiny, tokens, logits):
-    converted, ids = convert(tiny(family), BSBRConfig(block_size=8, top_k=1)), tokens(1, 30)
+    converted, ids = convert(tiny(family), BSBRConfig(dense_below=0, block_size=8, top_k=1)), tokens(1, 30)
     text = converted.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
     assert torch.equal(logits(converted, text)[0, 29:-1].argmax(-1), text[0, 30:])
 
 
 def test_what_cannot_continue_from_a_cache_says_so(tiny, tokens):
     ids = tokens(1, 30)
-    for config in (AdditiveConfig(block_size=8), BSBRConfig(block_size=8, top_k=0, state="block")):
+    for config in (AdditiveConfig(block_size=8), BSBRConfig(dense_below=0, block_size=8, top_k=0, state="block")):
         converted = convert(tiny("llama"), config)
         with pytest.raises(NotImplementedError, match="use_cache=False"):
             converted.generate(ids, max_new_tokens=3, do_sample=False)

@@ -9,8 +9,8 @@ from bsbr import BSBRConfig, convert, revert
 from bsbr.errors import UserError
 from bsbr.peers import AdditiveConfig, ValueOnlyConfig
 
-EVERYTHING = BSBRConfig(block_size=8, top_k=100)
-SPARSE = BSBRConfig(block_size=8, top_k=1)
+EVERYTHING = BSBRConfig(dense_below=0, block_size=8, top_k=100)
+SPARSE = BSBRConfig(dense_below=0, block_size=8, top_k=1)
 
 
 def test_reading_every_block_gives_the_original(family, tiny, tokens, logits):
@@ -120,7 +120,7 @@ def test_calibration_survives_only_a_change_of_dense_below(tiny):
     calibration = first.model.layers[0].self_attn.bsbr.calibration
     calibration.data.fill_(0.5)
     kept = convert(first, BSBRConfig(block_size=8, top_k=1, dense_below=16))
-    fresh = convert(first, BSBRConfig(block_size=8, top_k=2))
+    fresh = convert(first, BSBRConfig(dense_below=0, block_size=8, top_k=2))
     kept.model.layers[0].self_attn.bsbr.calibration.data[0] = 0.25
     assert kept.config.bsbr["dense_below"] == 16
     assert (kept.model.layers[0].self_attn.bsbr.calibration[1] == 0.5).all()

@@ -33,8 +33,8 @@ def test_stock_and_converted_models_load(folder, tiny, tokens, logits):
     assert not loaded.training
     assert load_model(str(folder), "bfloat16").dtype == torch.bfloat16
     assert torch.equal(
-        logits(convert(str(folder), BSBRConfig(block_size=8, top_k=1)), ids),
-        logits(convert(model, BSBRConfig(block_size=8, top_k=1)), ids),
+        logits(convert(str(folder), BSBRConfig(dense_below=0, block_size=8, top_k=1)), ids),
+        logits(convert(model, BSBRConfig(dense_below=0, block_size=8, top_k=1)), ids),
     )
 
 
@@ -43,7 +43,7 @@ def test_a_converted_model_of_a_family_that_was_not_registered_loads(tiny, tmp_p
 
     sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     config = Starcoder2Config(**sizes, num_attention_heads=2, num_key_value_heads=1, sliding_window=None)
-    convert(AutoModelForCausalLM.from_config(config), BSBRConfig(block_size=8)).save_pretrained(tmp_path)
+    convert(AutoModelForCausalLM.from_config(config), BSBRConfig(dense_below=0, block_size=8)).save_pretrained(tmp_path)
     assert load_model(tmp_path).config.model_type == "bsbr-starcoder2"
 
 

@@ -7,7 +7,7 @@ from bsbr import BSBRConfig, convert
 from bsbr.peers import AdditiveConfig
 
 CONFIGS = [
-    pytest.param(BSBRConfig(block_size=8, top_k=1), id="bsbr"),
+    pytest.param(BSBRConfig(dense_below=0, block_size=8, top_k=1), id="bsbr"),
     pytest.param(BSBRConfig(block_size=8, top_k=0, state="block", dense_below=12), id="states"),
     pytest.param(AdditiveConfig(block_size=8), id="additive"),
 ]
@@ -34,7 +34,7 @@ def test_padding_changes_nothing_at_real_tokens(family, config, tiny, tokens, lo
 
 def test_padding_of_every_row_and_an_empty_row(tiny, tokens, logits):
     """Collators pad to a multiple, so that the last column may be real nowhere."""
-    converted, ids = convert(tiny("llama"), BSBRConfig(block_size=8, top_k=1)), tokens(3, 60)
+    converted, ids = convert(tiny("llama"), BSBRConfig(dense_below=0, block_size=8, top_k=1)), tokens(3, 60)
     mask = torch.ones(3, 60, dtype=torch.long)
     mask[0, 50:] = mask[1, 43:] = mask[2] = 0
     together = logits(converted, ids, attention_mask=mask)
@@ -44,7 +44,7 @@ def test_padding_of_every_row_and_an_empty_row(tiny, tokens, logits):
 
 
 def test_what_stands_in_the_padding_does_not_matter(tiny, tokens, logits):
-    converted, ids = convert(tiny("gpt2"), BSBRConfig(block_size=8, top_k=1)), tokens(2, 50)
+    converted, ids = convert(tiny("gpt2"), BSBRConfig(dense_below=0, block_size=8, top_k=1)), tokens(2, 50)
     mask = torch.ones(2, 50, dtype=torch.long)
     mask[0, :7] = mask[1, 44:] = 0
     other = torch.where(mask.bool(), ids, 5)
@@ -53,12 +53,12 @@ def test_what_stands_in_the_padding_does_not_matter(tiny, tokens, logits):
 
 
 def test_a_mask_of_ones_is_no_mask(family, tiny, tokens, logits):
-    converted, ids = convert(tiny(family), BSBRConfig(block_size=8, top_k=1)), tokens(2, 50)
+    converted, ids = convert(tiny(family), BSBRConfig(dense_below=0, block_size=8, top_k=1)), tokens(2, 50)
     assert torch.equal(logits(converted, ids, attention_mask=torch.ones_like(ids)), logits(converted, ids))
 
 
 def test_batch_neighbours_do_not_matter(family, tiny, tokens, logits):
-    converted, ids = convert(tiny(family), BSBRConfig(block_size=8, top_k=1)), tokens(3, 50)
+    converted, ids = convert(tiny(family), BSBRConfig(dense_below=0, block_size=8, top_k=1)), tokens(3, 50)
     together = logits(converted, ids)
     for row in range(3):
         assert (together[row] - logits(converted, ids[row : row + 1])[0]).abs().max() <= 2e-5

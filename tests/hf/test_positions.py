@@ -9,7 +9,7 @@ from bsbr import BSBRConfig, convert
 from bsbr.errors import UserError
 from bsbr.hf import check_length, extend_positions, load_model, max_positions
 
-SPARSE = BSBRConfig(block_size=8, top_k=1)
+SPARSE = BSBRConfig(dense_below=0, block_size=8, top_k=1)
 
 
 @pytest.mark.parametrize(("family", "path", "offset"), [

@@ -9,7 +9,7 @@ from bsbr import BSBRConfig, convert
 from bsbr.hf import attention_modules
 from bsbr.peers import AdditiveConfig
 
-SPARSE = BSBRConfig(block_size=8, top_k=1)
+SPARSE = BSBRConfig(dense_below=0, block_size=8, top_k=1)
 
 
 def gradients(model, ids, **inputs):

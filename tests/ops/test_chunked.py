@@ -41,7 +41,7 @@ def test_gradients_in_float64_equal_those_of_the_reference():
 
 @pytest.mark.parametrize("state", ["global", "block", "token", "none"])
 def test_gradcheck(state):
-    config = BSBRConfig(block_size=4, retrieval_block_size=2, top_k=1, state=state)
+    config = BSBRConfig(dense_below=0, block_size=4, retrieval_block_size=2, top_k=1, state=state)
     generator = torch.Generator().manual_seed(3)
     q, k, v = (
         torch.randn(1, 11, heads, 3, generator=generator, dtype=torch.float64, requires_grad=True) for heads in (2, 1, 1)
@@ -69,7 +69,7 @@ def test_it_chooses_the_blocks_the_reference_chooses():
 def test_exact_ties_go_to_the_lower_block(selection):
     """Keys repeat block by block, so block scores tie exactly, and values tell which blocks were read."""
     generator = torch.Generator().manual_seed(0)
-    config = BSBRConfig(block_size=4, top_k=2, far="drop", selection=selection)
+    config = BSBRConfig(dense_below=0, block_size=4, top_k=2, far="drop", selection=selection)
     for _ in range(40):
         block = torch.randint(-2, 3, (1, 4, 1, 4), generator=generator).double()
         k = block.repeat(1, 12, 1, 1)
@@ -88,18 +88,18 @@ def test_reading_every_block_is_exact_attention():
         *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True
     ).transpose(1, 2)
     for config in (
-        BSBRConfig(block_size=8, top_k=9),
+        BSBRConfig(dense_below=0, block_size=8, top_k=9),
         BSBRConfig(block_size=8, top_k=0, dense_below=77),
-        BSBRConfig(block_size=77, top_k=0),
+        BSBRConfig(dense_below=0, block_size=77, top_k=0),
     ):
         torch.testing.assert_close(bsbr_attention(q, k, v, config), dense, rtol=1e-12, atol=1e-12)
-    sparse = bsbr_attention(q, k, v, BSBRConfig(block_size=8, top_k=1))
+    sparse = bsbr_attention(q, k, v, BSBRConfig(dense_below=0, block_size=8, top_k=1))
     assert (sparse - dense).abs().max() > 1e-3
 
 
 def test_dropout_keeps_the_mean_and_repeats_in_the_backward_pass():
     generator = torch.Generator().manual_seed(2)
-    config = BSBRConfig(block_size=8, top_k=1, far="drop")
+    config = BSBRConfig(dense_below=0, block_size=8, top_k=1, far="drop")
     q, k = (torch.randn(1, 40, 2, 8, generator=generator, dtype=torch.float64) for _ in range(2))
     v = torch.ones(1, 40, 2, 8, dtype=torch.float64, requires_grad=True)
     outputs = torch.stack([bsbr_attention(q, k, v, config, dropout_p=0.5) for _ in range(300)])
@@ -115,7 +115,7 @@ def test_dropout_keeps_the_mean_and_repeats_in_the_backward_pass():
 def test_threads_do_not_change_a_bit(threads):
     generator = torch.Generator().manual_seed(4)
     q, k, v = (torch.randn(2, 600, 4, 16, generator=generator) for _ in range(3))
-    config, before = BSBRConfig(block_size=32, top_k=2), torch.get_num_threads()
+    config, before = BSBRConfig(dense_below=0, block_size=32, top_k=2), torch.get_num_threads()
     alone = bsbr_attention(q[:1], k[:1], v[:1], config)
     try:
         torch.set_num_threads(threads)
@@ -124,3 +124,12 @@ def test_threads_do_not_change_a_bit(threads):
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(together[:1], alone, rtol=0, atol=2e-6)
+
+
+def test_inference_mode_gives_the_same():
+    generator = torch.Generator().manual_seed(6)
+    q, k, v = (torch.randn(1, 500, 4, 16, generator=generator) for _ in range(3))
+    config = BSBRConfig(dense_below=0, block_size=32, top_k=2)
+    with torch.inference_mode():
+        inside = bsbr_attention(q, k, v, config)
+    assert torch.equal(inside, bsbr_attention(q, k, v, config))

@@ -7,15 +7,15 @@ from bsbr.config import BSBRConfig
 from bsbr.ops import bsbr_attention, reference_attention
 
 KINDS = {
-    "moments": BSBRConfig(block_size=32, top_k=2),
-    "units": BSBRConfig(block_size=32, retrieval_block_size=8, top_k=5),
-    "token state": BSBRConfig(block_size=32, top_k=1, state="token"),
-    "block state": BSBRConfig(block_size=32, top_k=1, state="block"),
-    "mean": BSBRConfig(block_size=32, top_k=2, far="mean"),
-    "drop": BSBRConfig(block_size=32, top_k=2, far="drop"),
-    "local": BSBRConfig(block_size=32, top_k=0, far="drop"),
-    "states only": BSBRConfig(block_size=32, top_k=0),
-    "shared choice": BSBRConfig(block_size=32, top_k=2, selection="group"),
+    "moments": BSBRConfig(dense_below=0, block_size=32, top_k=2),
+    "units": BSBRConfig(dense_below=0, block_size=32, retrieval_block_size=8, top_k=5),
+    "token state": BSBRConfig(dense_below=0, block_size=32, top_k=1, state="token"),
+    "block state": BSBRConfig(dense_below=0, block_size=32, top_k=1, state="block"),
+    "mean": BSBRConfig(dense_below=0, block_size=32, top_k=2, far="mean"),
+    "drop": BSBRConfig(dense_below=0, block_size=32, top_k=2, far="drop"),
+    "local": BSBRConfig(dense_below=0, block_size=32, top_k=0, far="drop"),
+    "states only": BSBRConfig(dense_below=0, block_size=32, top_k=0),
+    "shared choice": BSBRConfig(dense_below=0, block_size=32, top_k=2, selection="group"),
     "dense below": BSBRConfig(block_size=32, top_k=1, dense_below=45),
 }
 
@@ -80,7 +80,7 @@ def test_queries_that_come_later_get_the_same(kind, start):
 
 def test_grouped_heads_are_repeated_heads():
     q, k, v = (x.double() for x in draw(4, tokens=100))
-    config = BSBRConfig(block_size=16, top_k=2)
+    config = BSBRConfig(dense_below=0, block_size=16, top_k=2)
     wide = bsbr_attention(q, k.repeat_interleave(2, 2), v.repeat_interleave(2, 2), config)
     torch.testing.assert_close(bsbr_attention(q, k, v, config), wide, rtol=0, atol=1e-12)
 
@@ -88,7 +88,7 @@ def test_grouped_heads_are_repeated_heads():
 def test_blocks_that_nobody_reads_may_hold_anything():
     """With the far field dropped, a block no query chose has no effect even if it is poisoned."""
     q, k, v = (x.double() for x in draw(5, tokens=64))
-    config = BSBRConfig(block_size=8, top_k=1, far="drop")
+    config = BSBRConfig(dense_below=0, block_size=8, top_k=1, far="drop")
     q[:], k[:, 8:16] = 1, -5  # block 1 never has the largest mean score
     chosen = reference_attention(q, k, v, config)[2]
     assert not (chosen == 1).any()
@@ -102,7 +102,7 @@ def test_large_common_part_of_keys_keeps_its_digits():
     """Variances about the mean, not differences of squares: 1e3 times more mean than spread stays accurate."""
     q, k, v = draw(6, tokens=256)
     k = k + 1e3
-    config = BSBRConfig(block_size=32, top_k=1)
+    config = BSBRConfig(dense_below=0, block_size=32, top_k=1)
     # the common part moves all scores of a query alike, which softmax does not see
     q = q - q.mean(-1, keepdim=True)
     expected, _, chosen = reference_attention(q, k, v, config)
@@ -115,7 +115,7 @@ def test_large_common_part_of_keys_keeps_its_digits():
 def test_extreme_scores_stay_finite(magnitude, dtype):
     q, k, v = draw(7, tokens=200)
     q = q * magnitude / 10
-    o = bsbr_attention(q.to(dtype), k.to(dtype), v.to(dtype), BSBRConfig(block_size=16, top_k=2))
+    o = bsbr_attention(q.to(dtype), k.to(dtype), v.to(dtype), BSBRConfig(dense_below=0, block_size=16, top_k=2))
     assert o.isfinite().all()
 
 
@@ -137,4 +137,4 @@ def test_what_does_not_fit_is_refused_in_a_sentence(change, match):
     given = {"q": (1, 9, 4, 8), "k": (1, 9, 2, 8), "v": (1, 9, 2, 8)} | change
     q, k, v = (torch.zeros(given.pop(name)) for name in ("q", "k", "v"))
     with pytest.raises(ValueError, match=match):
-        bsbr_attention(q, k, v, BSBRConfig(block_size=4, top_k=1), **given)
+        bsbr_attention(q, k, v, BSBRConfig(dense_below=0, block_size=4, top_k=1), **given)

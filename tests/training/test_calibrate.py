@@ -17,10 +17,10 @@ from bsbr.peers import ValueOnlyConfig
 from bsbr.training.calibrate import calibrate
 from bsbr.training.calibration_fit import Sample, attention_output, fit_scalars, sample_positions, take_sample
 
-CONFIG = BSBRConfig(block_size=8, top_k=1)
+CONFIG = BSBRConfig(dense_below=0, block_size=8, top_k=1)
 
 KINDS = [
-    BSBRConfig(block_size=8, top_k=top_k, far=far, state=state, retrieval_block_size=unit, selection=selection)
+    BSBRConfig(dense_below=0, block_size=8, top_k=top_k, far=far, state=state, retrieval_block_size=unit, selection=selection)
     for far, state, top_k, unit, selection in itertools.product(
         ["moments", "mean"], ["global", "block", "token", "none"], [0, 3], [8, 4], ["head", "group"]
     )
@@ -106,7 +106,7 @@ def test_known_scalars_are_recovered() -> None:
 @pytest.mark.parametrize(("tails", "heavy"), [("laplace", True), ("uniform", False)])
 def test_tails_of_the_keys_decide_the_scale_of_the_variance(tails: str, heavy: bool) -> None:
     """Along q, every block has the same distribution of keys, heavier or lighter in its tails than a Gaussian's."""
-    config = BSBRConfig(block_size=64, top_k=0, state="none")
+    config = BSBRConfig(dense_below=0, block_size=64, top_k=0, state="none")
     torch.manual_seed(0)
     quantile = (torch.arange(64) + 0.5) / 32 - 1
     keys = quantile if tails == "uniform" else -quantile.sign() * (1 - quantile.abs()).log()
@@ -176,7 +176,7 @@ def test_a_text_is_tokenised_with_the_models_tokenizer(repeats: int) -> None:
 def test_what_cannot_be_calibrated_is_refused() -> None:
     model = convert(gpt2(), CONFIG)
     with pytest.raises(UserError, match="no far field"):
-        calibrate(convert(gpt2(), BSBRConfig(block_size=8, far="drop")), tokens())
+        calibrate(convert(gpt2(), BSBRConfig(dense_below=0, block_size=8, far="drop")), tokens())
     for other in (gpt2(), convert(gpt2(), ValueOnlyConfig())):
         with pytest.raises(UserError, match="no scalars to calibrate"):
             calibrate(other, tokens())

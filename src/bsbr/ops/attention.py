@@ -84,7 +84,7 @@ def bsbr_attention(
 
     Example:
         >>> q, kv = torch.randn(1, 300, 4, 16), torch.randn(1, 300, 2, 16)
-        >>> bsbr_attention(q, kv, kv, BSBRConfig(block_size=32, top_k=2)).shape
+        >>> bsbr_attention(q, kv, kv, BSBRConfig(block_size=32, top_k=2, dense_below=0)).shape
         torch.Size([1, 300, 4, 16])
     """
     _check(q, k, v, config, q_start, lengths, calibration, block_indices)

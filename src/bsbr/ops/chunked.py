@@ -4,8 +4,6 @@ Inside, tensors of a group of heads are [Z, G, S, D]: Z rows times key heads, G 
 """
 
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -14,8 +12,9 @@ from torch import Tensor
 from bsbr.config import BSBRConfig
 from bsbr.ops import far, retrieved
 from bsbr.ops.exponentials import exp_
+from bsbr.ops.groups import Group, by_head, each_group, take_heads
 from bsbr.ops.routing import select_blocks
-from bsbr.ops.schedule import Group, Plan, Segment, head_groups
+from bsbr.ops.schedule import Plan, Segment
 from bsbr.ops.summaries import summarize
 from bsbr.ops.tiles import Dropout, attend, attend_backward
 
@@ -69,11 +68,11 @@ class _Chunked(torch.autograd.Function):
 
         def work(index: int, group: Group) -> Tensor:
             own = _with_stream(plan, index)
-            part = _take_heads(group, q, k, v, calibration)
+            part = take_heads(group, q, k, v, calibration)
             given = None
             if block_indices is not None:
-                given = _by_head(block_indices, k)[group].flatten(0, 1).mT[..., dense:]
-            own_o, own_lse = _by_head(o, k)[group], _by_head(lse, k)[group]
+                given = by_head(block_indices, k)[group].flatten(0, 1).mT[..., dense:]
+            own_o, own_lse = by_head(o, k)[group], by_head(lse, k)[group]
             part_o, part_lse = _forward_dense(own, *part[:3])
             own_o[..., :dense, :] = part_o.view_as(own_o[..., :dense, :])
             own_lse[..., :dense] = part_lse.view_as(own_lse[..., :dense])
@@ -82,7 +81,7 @@ class _Chunked(torch.autograd.Function):
             own_lse[..., dense:] = part_lse.view_as(own_lse[..., dense:])
             return chosen
 
-        chosen = _each_group(work, q, k)
+        chosen = each_group(work, q, k)
         ctx.plan = plan
         ctx.save_for_backward(q, k, v, calibration, o, lse, *chosen)
         ctx.mark_non_differentiable(lse)
@@ -94,57 +93,20 @@ class _Chunked(torch.autograd.Function):
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
         def work(index: int, group: Group) -> tuple[slice, Tensor]:
-            part = _take_heads(group, q, k, v, calibration)
-            part_do, part_o, part_lse = (_by_head(x, k)[group].flatten(0, 1).contiguous() for x in (do, o, lse))
+            part = take_heads(group, q, k, v, calibration)
+            part_do, part_o, part_lse = (by_head(x, k)[group].flatten(0, 1).contiguous() for x in (do, o, lse))
             own = _with_stream(ctx.plan, index)
             *gradients, scalars = _backward(own, *part, chosen[index], part_do, part_o, part_lse)
-            views = (_by_head(dq, k)[group], dk.transpose(1, 2)[group], dv.transpose(1, 2)[group])
+            views = (by_head(dq, k)[group], dk.transpose(1, 2)[group], dv.transpose(1, 2)[group])
             for view, gradient in zip(views, gradients, strict=True):
                 view.copy_(gradient.view_as(view))
             rows, heads = group
             return heads, scalars.unflatten(0, (rows.stop - rows.start, -1)).sum(0)
 
         dcalibration = torch.zeros_like(calibration)
-        for heads, scalars in _each_group(work, q, k):
+        for heads, scalars in each_group(work, q, k):
             dcalibration.unflatten(0, (k.shape[2], -1))[heads] += scalars
         return None, None, dq, dk, dv, dcalibration
-
-
-def _each_group(work: Callable[[int, Group], Any], q: Tensor, k: Tensor) -> list[Any]:
-    """Run `work` for each group of heads: on a CPU in parallel, one thread each.
-
-    Most steps are too small to be worth splitting, but whole groups are independent.
-    """
-    threads = torch.get_num_threads() if q.device.type == "cpu" else 1
-    groups = head_groups(k.shape[0], k.shape[2], q.shape[2] // k.shape[2] * q.shape[1], threads)
-    if threads == 1 or len(groups) == 1:
-        return [work(index, group) for index, group in enumerate(groups)]
-
-    def quietly(index: int, group: Group) -> Any:
-        with torch.no_grad():  # a new thread starts with gradients on
-            return work(index, group)
-
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(quietly, range(len(groups)), groups))
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _by_head(x: Tensor, k: Tensor) -> Tensor:
-    """View what belongs to queries by key head, [B, Tq, HQ, ...] -> [B, H, G, Tq, ...]."""
-    return x.unflatten(2, (k.shape[2], -1)).movedim(1, 3)
-
-
-def _take_heads(
-    group: Group, q: Tensor, k: Tensor, v: Tensor, calibration: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The group's q [Z, G, Tq, D], k [Z, T, D], v [Z, T, Dv] and calibration [Z, G, 5]."""
-    own_q = _by_head(q, k)[group].flatten(0, 1).contiguous()
-    own_k, own_v = (x.transpose(1, 2)[group].flatten(0, 1).contiguous() for x in (k, v))
-    scalars = calibration.unflatten(0, (k.shape[2], -1))[group[1]]
-    return own_q, own_k, own_v, scalars.repeat(group[0].stop - group[0].start, 1, 1)
 
 
 def _with_stream(plan: Plan, group: int) -> Plan:
@@ -242,7 +204,7 @@ def _backward(
         leaves = [x.detach().requires_grad_() for x in (q, k, v, calibration)]
         traced = _summarize(plan, *leaves)
     do, q, o, lse, sparse_dq = (x[:, :, dense:] for x in (do, q, o, lse, dq))
-    field = far.FarField(*(None if x is None else x.detach() for x in traced[:5]), plan.scale)  # type: ignore[arg-type]
+    field = far.FarField(*(None if x is None else x.detach() for x in traced[:5]), plan.scale)  # type: ignore[arg-type, call-arg]
     gradients = far.zero_gradients(field)
     for segment in plan.segments(q.shape[0] * q.shape[1]):
         _backward_segment(segment, field, gradients, chosen, do, q, k, v, o, lse, sparse_dq, dk, dv)

@@ -220,7 +220,8 @@ def _state_backward(
     dq: Tensor,
 ) -> Tensor:
     """Add to the gradients of the read states, beta and q; return do . (q^T F), [Z, G, S]."""
-    assert field.states is not None and gradients.states is not None
+    assert field.states is not None
+    assert gradients.states is not None
     folded_q, folded_do, own = _folded(q, blocks), _folded(do, blocks), slice(blocks.start, blocks.stop)
     states = field.states[:, :, own]
     dread = folded_do @ states.mT  # [Z, G, C, m, D]
@@ -246,7 +247,8 @@ def _token_backward(
     field: FarField, gradients: FarGradients, q: Tensor, weights: Tensor, do: Tensor, beta: Tensor, dq: Tensor
 ) -> Tensor:
     """Add to the gradients of the block states, beta and q; return do . (q^T F_b), [Z, G, N, S]."""
-    assert field.states is not None and gradients.states is not None
+    assert field.states is not None
+    assert gradients.states is not None
     along = torch.empty_like(weights)
     for block in range(weights.shape[2]):
         dread = do @ field.states[:, None, block].mT  # [Z, G, S, D]

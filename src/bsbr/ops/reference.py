@@ -47,7 +47,7 @@ def reference_attention(
 
     Example:
         >>> q = torch.randn(1, 9, 2, 4)
-        >>> o, lse, block_indices = reference_attention(q, q, q, BSBRConfig(block_size=4, top_k=1))
+        >>> o, lse, block_indices = reference_attention(q, q, q, BSBRConfig(block_size=4, top_k=1, dense_below=0))
         >>> o.shape, block_indices[0, 8, 0].numel()
         (torch.Size([1, 9, 2, 4]), 1)
     """

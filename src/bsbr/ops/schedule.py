@@ -6,15 +6,8 @@ from typing import NamedTuple
 from bsbr.config import BSBRConfig
 from bsbr.ops.tiles import Dropout
 
-_ROWS = 16384
-"""Query rows worked on at once: enough to fill dense calls, few enough to bound memory."""
-
 _SCORES = 1 << 18
 """Block scores held at once: a segment's scores should stay in a CPU core's cache."""
-
-
-Group = tuple[slice, slice]
-"""Batch rows and key heads that are worked on together."""
 
 
 class Plan(NamedTuple):
@@ -107,32 +100,8 @@ def dense_until(config: BSBRConfig) -> int:
         Queries at positions before this one read their whole past exactly.
 
     Example:
-        >>> dense_until(BSBRConfig(block_size=128, top_k=2))
+        >>> dense_until(BSBRConfig(block_size=128, top_k=2, dense_below=0))
         384
     """
     full = (config.top_k * config.unit // config.block_size + 1) * config.block_size
     return max(config.dense_below, full)
-
-
-def head_groups(batch: int, key_heads: int, rows_per_head: int, workers: int) -> list[Group]:
-    """Cut batch rows and key heads into groups that are worked on together.
-
-    Args:
-        batch: rows.
-        key_heads: key heads of a row.
-        rows_per_head: query rows that belong to one key head.
-        workers: groups that run at the same time; there should be enough for all.
-    Returns:
-        (rows, key heads) of each group: several whole rows, or several heads of one row.
-
-    Example:
-        >>> head_groups(2, 4, 8192, 1)[0]
-        (slice(0, 1, None), slice(0, 2, None))
-    """
-    wanted = max(1, min(_ROWS // max(1, rows_per_head), -(-batch * key_heads // workers)))
-    rows, heads = (wanted // key_heads, key_heads) if wanted >= key_heads else (1, wanted)
-    return [
-        (slice(b, min(b + rows, batch)), slice(h, min(h + heads, key_heads)))
-        for b in range(0, batch, rows)
-        for h in range(0, key_heads, heads)
-    ]

@@ -55,7 +55,7 @@ def summarize(k: Tensor, v: Tensor, unit: int) -> Summaries:
     step = max(1, _ELEMENTS * num_blocks // max(1, k.numel()))
     parts = [_moments(*part, dtype) for part in zip(k.split(step, -3), v.split(step, -3), strict=True)]
     mean_k, var_k, mean_v, states = zip(*parts, strict=True)
-    return Summaries(*(torch.cat(x, -2) for x in (mean_k, var_k, mean_v)), torch.cat(states, -3))
+    return Summaries(torch.cat(mean_k, -2), torch.cat(var_k, -2), torch.cat(mean_v, -2), torch.cat(states, -3))
 
 
 def _moments(k: Tensor, v: Tensor, dtype: torch.dtype) -> Summaries:

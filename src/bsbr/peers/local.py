@@ -19,7 +19,7 @@ def local_attention(
 ) -> Tensor:
     """Attend to the keys of the query's own block, up to its own position.
 
-    Source: BSBR without retrieval: `BSBRConfig(top_k=0, far="drop")`.
+    Source: BSBR without retrieval: `BSBRConfig(top_k=0, far="drop", dense_below=0)`.
 
     Args:
         q: queries, [B, Tq, HQ, D]; query i stands at position q_start + i.
@@ -36,7 +36,7 @@ def local_attention(
         >>> torch.allclose(local_attention(x, x, x, block_size=2)[:, 4], x[:, 4])
         True
     """
-    config = BSBRConfig(block_size=block_size, top_k=0, far="drop")
+    config = BSBRConfig(block_size=block_size, top_k=0, far="drop", dense_below=0)
     o = bsbr_attention(q, k, v, config, scale=scale, q_start=q_start, lengths=lengths, dropout_p=dropout_p)
     assert isinstance(o, Tensor)
     return o

@@ -38,7 +38,7 @@ def moba_attention(
         >>> moba_attention(*torch.randn(3, 1, 9, 2, 4), block_size=2, top_k=1).shape
         torch.Size([1, 9, 2, 4])
     """
-    config = BSBRConfig(block_size=block_size, top_k=top_k, far="drop")
+    config = BSBRConfig(block_size=block_size, top_k=top_k, far="drop", dense_below=0)
     o = bsbr_attention(q, k, v, config, scale=scale, q_start=q_start, lengths=lengths, dropout_p=dropout_p)
     assert isinstance(o, Tensor)
     return o

@@ -1,0 +1,168 @@
+"""How near a converted model is to its original without training: agreement, KL and perplexity on held-out text.
+
+python -m benchmarks.fidelity --model gpt2-30m --text books-val.txt.xz --calibration-text books-train.txt.xz \
+    --length 1024 --after 256 --top-k 2 --output benchmarks/results/fidelity_gpt2-30m.json
+"""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bsbr import BSBRConfig, calibrate, convert
+from bsbr.data.text import read_documents, read_text, text_digest
+from bsbr.errors import UserError
+from bsbr.evaluation.agreement import compare, read_teacher
+from bsbr.evaluation.provenance import describe_model, header, texts_digest
+from bsbr.evaluation.rows import row
+from bsbr.evaluation.statistics import Estimate, paired_bootstrap, ratio_mean, transformed
+from bsbr.files import write_json
+from bsbr.hf import load_model, load_tokenizer
+
+METRICS = ("top1_agreement", "kl", "nll")
+ROWS = 1024
+"""Positions whose predictions are held at once."""
+
+
+def cut(documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int, per_document: int) -> list[list[Tensor]]:
+    """Take windows spread evenly over each document; a document shorter than one window gives none."""
+    windows = []
+    for document in documents:
+        ids = torch.tensor(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
+        count = min(per_document, len(ids) // length)
+        starts = [int((i + 0.5) / count * (len(ids) - length)) for i in range(count)]
+        windows.append([ids[start : start + length] for start in starts])
+    return windows
+
+
+def predictions(model: PreTrainedModel, window: Tensor, after: int) -> Iterator[Tensor]:
+    """Logits of the positions from `after` on, but for the last, a part at a time."""
+    hidden = model.base_model(input_ids=window[None], use_cache=False).last_hidden_state[0, after:-1]
+    return (model.get_output_embeddings()(rows) for rows in hidden.split(ROWS))
+
+
+@torch.no_grad()
+def measure(models: dict[str, PreTrainedModel], windows: list[list[Tensor]], after: int) -> dict[str, Any]:
+    """Sum each metric of each model over the scored positions of each document, in float64."""
+    sums = {name: torch.zeros(len(METRICS), len(windows), dtype=torch.float64) for name in models}
+    counts = torch.tensor([sum(len(window) - 1 - after for window in own) for own in windows])
+    todo = [(i, window) for i, own in enumerate(windows) for window in own]
+    for document, window in track(todo, "windows", console=Console(stderr=True)):
+        parts = [predictions(model, window, after) for model in models.values()]
+        for targets, *logits in zip(window[after + 1 :].split(ROWS), *parts, strict=True):
+            teacher = read_teacher(logits[0], targets)
+            for name, found in zip(models, logits, strict=True):
+                compared = compare(teacher, found)
+                sums[name][:, document] += torch.stack([compared[metric].sum() for metric in METRICS])
+    return {"counts": counts.tolist(), "sums": {name: x.tolist() for name, x in sums.items()}}
+
+
+def estimates(measured: dict[str, Any], name: str) -> dict[str, Estimate]:
+    """The figures of one model, with intervals clustered by document."""
+    counts = measured["counts"]
+    sums = dict(zip(METRICS, measured["sums"][name], strict=True))
+    original = measured["sums"]["original"][METRICS.index("nll")]
+    return {
+        "top1_agreement": ratio_mean(sums["top1_agreement"], counts),
+        "kl": ratio_mean(sums["kl"], counts),
+        "perplexity": transformed(ratio_mean(sums["nll"], counts), math.exp),
+        "ppl_ratio": paired_bootstrap(original, sums["nll"], counts, statistic="exp_difference"),
+    }
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="folder of the original model and its tokenizer")
+    parser.add_argument("--text", required=True, type=Path, help="evaluated text")
+    parser.add_argument("--calibration-text", required=True, type=Path, help="other text, for calibration")
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--after", type=int, default=256, help="first position that counts")
+    parser.add_argument("--block-size", type=int, default=128)
+    parser.add_argument("--retrieval-block-size", type=int, default=None)
+    parser.add_argument("--top-k", type=int, default=2)
+    parser.add_argument("--windows", type=int, default=3, help="windows of each document")
+    parser.add_argument("--calibration-tokens", type=int, default=32768)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, required=True)
+    return parser.parse_args()
+
+
+def make_models(original: PreTrainedModel, args: argparse.Namespace) -> tuple[BSBRConfig, dict[str, PreTrainedModel]]:
+    """The conversions that are compared, none of them trained or calibrated yet."""
+    config = BSBRConfig(
+        block_size=args.block_size, retrieval_block_size=args.retrieval_block_size, top_k=args.top_k, dense_below=0
+    )
+    dropped = BSBRConfig.from_dict({**config.to_dict(), "far": "drop", "state": "none"})
+    settings = {"converted": config, "uncalibrated": config, "moba": dropped}
+    return config, {"original": original} | {name: convert(original, its) for name, its in settings.items()}
+
+
+def make_rows(measured: dict[str, Any], where: dict[str, int]) -> tuple[list[dict[str, Any]], Table]:
+    """The result file's rows, and a table of them."""
+    rows, table = [], Table("", "top-1", "KL", "perplexity")
+    units = {"top1_agreement": "share", "kl": "nats", "perplexity": "perplexity", "ppl_ratio": "ratio"}
+    for name in measured["sums"]:
+        found = estimates(measured, name)
+        rows += [row("fidelity", metric, name, where, found[metric], unit) for metric, unit in units.items()]
+        top1, kl, ratio = found["top1_agreement"], found["kl"], found["ppl_ratio"]
+        table.add_row(
+            name,
+            f"{top1.value:.2%} [{top1.low:.2%}, {top1.high:.2%}]",
+            f"{kl.value:.5f} [{kl.low:.5f}, {kl.high:.5f}]",
+            f"x{ratio.value:.4f} [{ratio.low:.4f}, {ratio.high:.4f}]",
+        )
+    return rows, table
+
+
+def main() -> None:
+    """Convert, calibrate, measure, and write the result."""
+    args = arguments()
+    original, tokenizer = load_model(args.model), load_tokenizer(args.model)
+    documents, calibration_text = read_documents(args.text), read_text(args.calibration_text)
+    windows = cut(documents, tokenizer, args.length, args.windows)
+    if sum(map(bool, windows)) < 2:
+        raise UserError(f"{args.text.name}: two documents of {args.length} tokens are needed. Lower --length")
+    config, models = make_models(original, args)
+    chosen = {"tokens": args.calibration_tokens, "length": args.length, "seed": args.seed}
+    start = time.perf_counter()
+    calibrate(models["converted"], calibration_text, tokenizer=tokenizer, progress=True, **chosen)
+    calibration_s = time.perf_counter() - start
+    measured = measure(models, windows, args.after)
+    rows, table = make_rows(measured, {"length": args.length, "positions_from": args.after})
+    head = header(
+        status="complete",
+        command=["python", "-m", "benchmarks.fidelity", *sys.argv[1:]],
+        model=describe_model(original, name=Path(args.model).name),
+        data={
+            "text": {"name": args.text.name, "sha256": texts_digest(documents), "documents": len(documents)},
+            "calibration_text": {"name": args.calibration_text.name, "sha256": text_digest(calibration_text)},
+        },
+        protocol={
+            "length": args.length,
+            "positions_from": args.after,
+            "windows": sum(map(len, windows)),
+            "windows_per_document": args.windows,
+            "positions": sum(measured["counts"]),
+            "calibration": chosen | {"seconds": round(calibration_s, 1)},
+        },
+        config=config.to_dict(),
+        device="cpu",
+        dtype="float32",
+    )
+    Console().print(table)
+    write_json(args.output, head | {"rows": rows, "documents": measured})
+
+
+if __name__ == "__main__":
+    main()
