@@ -154,8 +154,10 @@ def fit_scalars(sample: Sample, config: BSBRConfig, *, steps: int = 200) -> Fit:
     """Fit the five scalars of each query head to exact attention.
 
     1. The loss of a head is its squared error over the squared norm of the exact outputs, on every other query.
-    2. `steps` steps of Adam start at the uncalibrated values; the blocks are chosen anew at each.
-    3. Each head keeps the values that did best on the other queries, the uncalibrated ones included.
+    2. Each head starts at the best of a small grid of variance and state scales: where keys share a large common part,
+       or vary along few directions, the diagonal variance overshoots by so much that no gradient leads back from 1.
+    3. `steps` steps of Adam follow; the blocks are chosen anew at each.
+    4. Each head keeps the values that did best on the other queries, the uncalibrated ones included.
 
     Args:
         sample: from `take_sample`.
@@ -164,12 +166,17 @@ def fit_scalars(sample: Sample, config: BSBRConfig, *, steps: int = 200) -> Fit:
     Returns:
         The scalars, and the error on the queries that were not fitted.
     """
-    scalars = sample.target.new_tensor(UNCALIBRATED).repeat(sample.target.shape[1], 1).requires_grad_()
+    uncalibrated = sample.target.new_tensor(UNCALIBRATED).repeat(sample.target.shape[1], 1)
+    with torch.no_grad():
+        before = _relative_errors(sample, config, uncalibrated)[1]
+        start = _best_start(sample, config, uncalibrated)
+    scalars = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([scalars], lr=_LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     errors = _relative_errors(sample, config, scalars)
-    before = after = errors[1].detach()
-    best = scalars.detach().clone()
+    better = errors[1].detach() < before
+    after = torch.where(better, errors[1].detach(), before)
+    best = torch.where(better[:, None], start, uncalibrated)
     for _ in range(steps):
         optimizer.zero_grad()
         errors[0].sum().backward()
@@ -180,6 +187,21 @@ def fit_scalars(sample: Sample, config: BSBRConfig, *, steps: int = 200) -> Fit:
         after = torch.where(better, errors[1].detach(), after)
         best = torch.where(better[:, None], scalars.detach(), best)
     return Fit(best, before, after)
+
+
+_GRID = ((1.0, 1.0), (0.5, 1.0), (0.1, 1.0), (0.0, 1.0), (0.5, 0.5), (0.0, 0.5), (0.0, 0.0))
+"""Scales of variance and state that a head may start from."""
+
+
+def _best_start(sample: Sample, config: BSBRConfig, uncalibrated: Tensor) -> Tensor:
+    """The point of the grid that does best on the queries to fit, head by head, [HQ, 5]."""
+    starts = []
+    for var_scale, state_scale in _GRID:
+        start = uncalibrated.clone()
+        start[:, 2], start[:, 4] = var_scale, state_scale
+        starts.append(start)
+    errors = torch.stack([_relative_errors(sample, config, start)[0] for start in starts])
+    return torch.stack(starts)[errors.argmin(0), torch.arange(uncalibrated.shape[0])]
 
 
 def _relative_errors(sample: Sample, config: BSBRConfig, calibration: Tensor) -> tuple[Tensor, Tensor]:
