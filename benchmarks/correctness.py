@@ -12,11 +12,11 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from tests.ops.cases import error_bound, random_case
 
 import bsbr
 from bsbr.files import write_json
 from bsbr.ops import bsbr_attention, reference_attention
-from tests.ops.cases import error_bound, random_case
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_GRADIENT_ERROR = 1e-10

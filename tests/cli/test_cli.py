@@ -84,7 +84,17 @@ def test_evaluate_writes_the_published_files_and_a_report(tiny, tmp_path, capsys
 
 def test_convert_saves_what_transformers_loads(tiny, tmp_path):
     text = str(tiny / "text.txt")
-    made = ["convert", str(tiny / "model"), str(tmp_path / "c"), "--calibrate", text, "--block-size", "16", "--top-k", "1"]
+    made = [
+        "convert",
+        str(tiny / "model"),
+        str(tmp_path / "c"),
+        "--calibrate",
+        text,
+        "--block-size",
+        "16",
+        "--top-k",
+        "1",
+    ]
     assert main(made) == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "c")
     assert model.config.model_type == "bsbr-gpt2"

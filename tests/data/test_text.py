@@ -64,9 +64,7 @@ def _damaged_xz() -> bytes:
         ("plain.txt.gz", b"not gzip", "damaged .gz file"),
     ],
 )
-def test_an_unusable_file_is_named_in_one_line(
-    tmp_path: Path, name: str, content: bytes | None, said: str
-) -> None:
+def test_an_unusable_file_is_named_in_one_line(tmp_path: Path, name: str, content: bytes | None, said: str) -> None:
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)

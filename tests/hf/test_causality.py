@@ -9,7 +9,9 @@ from bsbr.peers import AdditiveConfig
 CONFIGS = [
     pytest.param(BSBRConfig(dense_below=0, block_size=8, top_k=1), 47, id="default"),
     pytest.param(
-        BSBRConfig(dense_below=0, block_size=8, retrieval_block_size=4, top_k=3, far="mean", selection="group"), 41, id="units"
+        BSBRConfig(dense_below=0, block_size=8, retrieval_block_size=4, top_k=3, far="mean", selection="group"),
+        41,
+        id="units",
     ),
     pytest.param(BSBRConfig(block_size=8, top_k=1, far="drop", dense_below=20), 37, id="drop"),
     pytest.param(BSBRConfig(dense_below=0, block_size=8, top_k=0, state="block"), 47, id="states"),

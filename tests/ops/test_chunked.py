@@ -26,9 +26,7 @@ def test_gradients_in_float64_equal_those_of_the_reference():
         leaves = [x.clone().requires_grad_() for x in (case.q, case.k, case.v, case.calibration)]
         options = {**case.options, "calibration": leaves[3]}
         expected, lse, chosen = reference_attention(*leaves[:3], case.config, **options)
-        actual, actual_lse = bsbr_attention(
-            *leaves[:3], case.config, **options, block_indices=chosen, return_lse=True
-        )
+        actual, actual_lse = bsbr_attention(*leaves[:3], case.config, **options, block_indices=chosen, return_lse=True)
         torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
         torch.testing.assert_close(actual_lse, lse, rtol=1e-11, atol=1e-11)
         direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -44,7 +42,8 @@ def test_gradcheck(state):
     config = BSBRConfig(dense_below=0, block_size=4, retrieval_block_size=2, top_k=1, state=state)
     generator = torch.Generator().manual_seed(3)
     q, k, v = (
-        torch.randn(1, 11, heads, 3, generator=generator, dtype=torch.float64, requires_grad=True) for heads in (2, 1, 1)
+        torch.randn(1, 11, heads, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+        for heads in (2, 1, 1)
     )
     calibration = torch.tensor([[0.1, 0.9, 1.1, 0.8, 1.2], [0.0, 1.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
     chosen = reference_attention(q, k, v, config, calibration=calibration)[2]

@@ -33,9 +33,7 @@ def test_an_empty_or_missing_folder_holds_no_checkpoint(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "none") is None
 
 
-@pytest.mark.parametrize(
-    "name", ["weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
-)
+@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])
 def test_a_damaged_checkpoint_is_skipped_with_one_line(tmp_path: Path, name: str, damage: str) -> None:
     _save(tmp_path, 1)
@@ -84,9 +82,7 @@ def test_when_all_are_damaged_the_user_is_told_which_file(tmp_path: Path) -> Non
         load_checkpoint(tmp_path)
 
 
-def test_a_full_disk_leaves_the_older_checkpoint_and_no_litter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_the_older_checkpoint_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail the n-th fsync, for every n that a save makes."""
     _save(tmp_path, 1)
     real = os.fsync

@@ -16,9 +16,7 @@ from bsbr.errors import UserError
 from bsbr.training.pretrain import PretrainConfig, run_pretrain
 from bsbr.training.trainer import Trainer
 
-TEXT = "".join(
-    f"{i} bottles on the wall, {i} bottles; take one down, {i - 1} left.\n" for i in range(99, 0, -1)
-)
+TEXT = "".join(f"{i} bottles on the wall, {i} bottles; take one down, {i - 1} left.\n" for i in range(99, 0, -1))
 TINY: dict[str, Any] = dict(
     layers=1,
     heads=2,

@@ -14,9 +14,7 @@ SEPARATOR = "<|endoftext|>"
 
 _SEPARATOR_LINE = re.compile(r"^<\|endoftext\|>(?:\r?\n|\r?\Z)", re.MULTILINE)
 # A blank line on both sides tells a title from a formula that happens to begin and end with an equals sign.
-_ARTICLE_TITLE = re.compile(
-    r"(?:\A|(?<=\n))[ ]*\n = [^=\n][^\n]* = \n(?= *\n)|\A = [^=\n][^\n]* = \n(?= *\n)"
-)
+_ARTICLE_TITLE = re.compile(r"(?:\A|(?<=\n))[ ]*\n = [^=\n][^\n]* = \n(?= *\n)|\A = [^=\n][^\n]* = \n(?= *\n)")
 
 
 def read_text(path: str | Path) -> str:
@@ -39,9 +37,7 @@ def read_text(path: str | Path) -> str:
             "Save the file as UTF-8 or remove that byte"
         ) from error
     if not split_documents(text):
-        raise UserError(
-            f'text "{path}": holds no text. Give a file with more than blanks and {SEPARATOR} lines'
-        )
+        raise UserError(f'text "{path}": holds no text. Give a file with more than blanks and {SEPARATOR} lines')
     return text
 
 
@@ -149,10 +145,6 @@ def _read_bytes(path: Path) -> bytes:
                 return file.read()
         return path.read_bytes()
     except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise UserError(
-            f'text "{path}": damaged {path.suffix} file ({error}). Copy the file again'
-        ) from error
+        raise UserError(f'text "{path}": damaged {path.suffix} file ({error}). Copy the file again') from error
     except OSError as error:
-        raise UserError(
-            f'text "{path}": cannot be read ({error.strerror or error}). Check its permissions'
-        ) from error
+        raise UserError(f'text "{path}": cannot be read ({error.strerror or error}). Check its permissions') from error

@@ -77,9 +77,7 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
     if not (Path(folder) / "tokenizer.json").is_file():
-        raise UserError(
-            f'tokenizer "{folder}": tokenizer.json missing. Give a folder that save_pretrained wrote'
-        )
+        raise UserError(f'tokenizer "{folder}": tokenizer.json missing. Give a folder that save_pretrained wrote')
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file

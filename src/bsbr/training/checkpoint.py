@@ -69,9 +69,7 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
         _check_room(folder, tensors)
         files = {f"{name}.safetensors": save(_portable(group)) for name, group in tensors.items()}
-        files["state.json"] = (
-            json.dumps(dict(state), indent=2, sort_keys=True, allow_nan=False) + "\n"
-        ).encode()
+        files["state.json"] = (json.dumps(dict(state), indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
         manifest: dict[str, Any] = {"format": _FORMAT, "step": step, "files": {}}
         for name, content in files.items():
             write_atomic(temporary / name, content)
@@ -121,10 +119,7 @@ def _read(path: Path, step: int) -> Checkpoint:
 
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
-        listed = {
-            str(name): (int(entry["bytes"]), str(entry["sha256"]))
-            for name, entry in manifest["files"].items()
-        }
+        listed = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
         form, manifest_step = manifest["format"], manifest["step"]
     except FileNotFoundError as error:
         raise _Damaged("manifest.json missing") from error
@@ -169,9 +164,7 @@ def _check_room(folder: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]])
     need = int(1.1 * sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()))
     free = shutil.disk_usage(folder).free
     if free < need:
-        raise UserError(
-            f'checkpoint "{folder}": needs {need} bytes, {free} free. Free space or choose another output'
-        )
+        raise UserError(f'checkpoint "{folder}": needs {need} bytes, {free} free. Free space or choose another output')
 
 
 def _remove(path: Path) -> None:

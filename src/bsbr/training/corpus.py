@@ -71,9 +71,7 @@ def prepare_corpus(
         progress.say(f"encoding {path.name}")
         ids = encode_documents(encoder, documents[role])
         if len(ids) < context + 1:
-            raise UserError(
-                f'text "{path}": {len(ids)} tokens, one window needs {context + 1}. Give more text'
-            )
+            raise UserError(f'text "{path}": {len(ids)} tokens, one window needs {context + 1}. Give more text')
         streams[role] = torch.from_numpy(ids.astype("int32")).to(device)
         record[role] = {
             "name": path.name,

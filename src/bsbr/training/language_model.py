@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
 
-def build_gpt2(
-    *, layers: int, heads: int, hidden: int, context: int, vocab: int, seed: int
-) -> "GPT2LMHeadModel":
+def build_gpt2(*, layers: int, heads: int, hidden: int, context: int, vocab: int, seed: int) -> "GPT2LMHeadModel":
     """A GPT-2 model with random weights, tied embeddings and no dropout.
 
     Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (GPT-2); initialisation as

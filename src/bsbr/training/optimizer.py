@@ -23,9 +23,7 @@ class SplitOptimizer:
     """
 
     def __init__(self, model: nn.Module, *, lr: float, muon_lr: float, weight_decay: float) -> None:
-        self._names: dict[torch.Tensor, str] = {
-            p: name for name, p in model.named_parameters() if p.requires_grad
-        }
+        self._names: dict[torch.Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
         matrices = [p for p, name in self._names.items() if p.ndim == 2 and not _is_embedding(name)]
         embeddings = [p for p, name in self._names.items() if p.ndim == 2 and _is_embedding(name)]
         vectors = [p for p in self._names if p.ndim != 2]
@@ -79,9 +77,7 @@ class SplitOptimizer:
                         for key in _STATE_KEYS[part_name]
                     }
 
-    def _restored(
-        self, tensors: Mapping[str, torch.Tensor], name: str, p: nn.Parameter, key: str
-    ) -> torch.Tensor:
+    def _restored(self, tensors: Mapping[str, torch.Tensor], name: str, p: nn.Parameter, key: str) -> torch.Tensor:
         if name not in tensors:
             raise ValueError(f"optimizer state {name} is missing. Resume from an earlier checkpoint")
         # AdamW keeps its step count on the CPU unless it is fused.

@@ -81,9 +81,7 @@ def run_pretrain(
             seed=config.seed,
         )
         torch.nn.Module.to(model, place)
-        trainer = Trainer(
-            config=config, model=model, corpus=corpus, folder=output / "checkpoints", progress=progress
-        )
+        trainer = Trainer(config=config, model=model, corpus=corpus, folder=output / "checkpoints", progress=progress)
         if resume:
             trainer.resume()
         trainer.train()
@@ -139,9 +137,7 @@ def _check_output(output: Path, resume: bool) -> None:
     if (output / "model.safetensors").exists():
         raise UserError(f'output "{output}": already holds a model. Choose another folder or remove it')
     if not resume and (output / "checkpoints").exists():
-        raise UserError(
-            f'output "{output}": holds an unfinished run. Continue it with --resume or choose another'
-        )
+        raise UserError(f'output "{output}": holds an unfinished run. Continue it with --resume or choose another')
 
 
 def _device(name: str) -> torch.device:

@@ -58,15 +58,11 @@ class PretrainConfig:
         aligned = self.batch_tokens % self.context == 0
         _require("batch_tokens", self.batch_tokens, aligned, f"a multiple of context = {self.context}")
         if (self.tokens is None) == (self.minutes is None):
-            raise ValueError(
-                "length of training: give either tokens or minutes, for instance tokens = 1_000_000_000"
-            )
+            raise ValueError("length of training: give either tokens or minutes, for instance tokens = 1_000_000_000")
         for name in ("tokens", "minutes", "lr", "muon_lr", "clip"):
             value = getattr(self, name)
             _require(name, value, value is None or (math.isfinite(value) and value > 0), "finite and above 0")
-        _require(
-            "weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "finite and at least 0"
-        )
+        _require("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "finite and at least 0")
         _require("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "at least 0")
         _require("seed", self.seed, self.seed >= 0, "at least 0")
         known = ("auto", "bfloat16", "float32")

@@ -59,13 +59,9 @@ class Trainer:
         self.progress = progress
         self.device = corpus.train.device
         on_cuda = self.device.type == "cuda"
-        self.precision = (
-            config.precision if config.precision != "auto" else ("bfloat16" if on_cuda else "float32")
-        )
+        self.precision = config.precision if config.precision != "auto" else ("bfloat16" if on_cuda else "float32")
         self.compiled = on_cuda if config.compile is None else config.compile
-        self.optimizer = SplitOptimizer(
-            model, lr=config.lr, muon_lr=config.muon_lr, weight_decay=config.weight_decay
-        )
+        self.optimizer = SplitOptimizer(model, lr=config.lr, muon_lr=config.muon_lr, weight_decay=config.weight_decay)
         self.step = 0
         self.elapsed_s = 0.0
         self.history: list[dict[str, float]] = []

@@ -27,9 +27,7 @@ class WindowOrder:
 
     def __init__(self, num_tokens: int, window: int, seed: int) -> None:
         if num_tokens < window + 1:
-            raise ValueError(
-                f"{num_tokens} tokens: one window needs {window + 1}. Give more text or lower context"
-            )
+            raise ValueError(f"{num_tokens} tokens: one window needs {window + 1}. Give more text or lower context")
         self.window = window
         self.seed = seed
         # One window less than fits, so that every offset below the window length leaves the same number.
