@@ -17,19 +17,19 @@ from bsbr.training.pretrain import PretrainConfig, run_pretrain
 from bsbr.training.trainer import Trainer
 
 TEXT = "".join(f"{i} bottles on the wall, {i} bottles; take one down, {i - 1} left.\n" for i in range(99, 0, -1))
-TINY: dict[str, Any] = dict(
-    layers=1,
-    heads=2,
-    hidden=16,
-    context=16,
-    vocab=270,
-    batch_tokens=64,
-    tokens=64 * 24,
-    warmup_steps=4,
-    val_interval=8,
-    val_windows=4,
-    checkpoint_interval=5,
-)
+TINY: dict[str, Any] = {
+    "layers": 1,
+    "heads": 2,
+    "hidden": 16,
+    "context": 16,
+    "vocab": 270,
+    "batch_tokens": 64,
+    "tokens": 64 * 24,
+    "warmup_steps": 4,
+    "val_interval": 8,
+    "val_windows": 4,
+    "checkpoint_interval": 5,
+}
 
 
 @pytest.fixture

@@ -114,7 +114,7 @@ def make_variants(original: Any, tokenizer: Any, attention: BSBRConfig, args: ar
         attention = BSBRConfig.from_dict(_settings(converted))
     else:
         converted = calibrated(convert(original, attention))
-    peers = {"block_size": size, "retrieval_block_size": unit, "far": "drop", "dense_below": 0}
+    peers: dict[str, Any] = {"block_size": size, "retrieval_block_size": unit, "far": "drop", "dense_below": 0}
     states = replace(attention, top_k=0) if attention.far != "drop" else attention
     return {
         "converted": converted,
