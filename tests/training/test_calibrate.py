@@ -15,7 +15,8 @@ from bsbr.ops import UNCALIBRATED, reference_attention
 from bsbr.ops.schedule import dense_until
 from bsbr.peers import ValueOnlyConfig
 from bsbr.training.calibrate import calibrate
-from bsbr.training.calibration_fit import Sample, attention_output, fit_scalars, sample_positions, take_sample
+from bsbr.training.calibration_fit import attention_output, fit_scalars
+from bsbr.training.calibration_sample import Sample, sample_positions, take_sample
 
 CONFIG = BSBRConfig(dense_below=0, block_size=8, top_k=1)
 

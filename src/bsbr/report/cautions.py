@@ -77,8 +77,9 @@ def _dense(results: Results) -> Iterable[str]:
         if all(isinstance(number, int) for number in (block, top_k, window, dense)):
             unit = find(quality.part("config"), "retrieval_block_size") or block
             exposed = share is not None and share.value > 0
-            reach = max(block + top_k * unit, dense)
-            if window <= reach and not exposed:
+            # where positions were exposed, `dense_below` was off in this part
+            reach = max(block + top_k * unit, 0 if exposed else dense)
+            if window <= reach:
                 yield (
                     f"The quality window of {count_text(window)} tokens is read exactly with these settings: "
                     f"everything up to {count_text(reach)} tokens is, so it cannot show what sparsity costs."

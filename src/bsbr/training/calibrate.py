@@ -21,7 +21,8 @@ from bsbr.hf.mixers import read_settings
 from bsbr.hf.modeling import BSBRModelMixin, attention_modules
 from bsbr.hf.positions import check_length, max_positions
 from bsbr.ops.schedule import dense_until
-from bsbr.training.calibration_fit import fit_scalars, sample_positions, take_sample
+from bsbr.training.calibration_fit import fit_scalars
+from bsbr.training.calibration_sample import sample_positions, take_sample
 
 _TEACHER = "bsbr_teacher"
 """Name under which transformers finds exact attention that shows its q, k and v to an observer."""
@@ -57,8 +58,7 @@ def calibrate(
     2. In each layer queries are sampled where the attention will be sparse; the exact mass and output of their own
        block and of every past block are computed once.
     3. Adam fits the scalars of each head to the relative squared error of its output at half of the queries,
-       choosing blocks anew at every step; the head keeps the values that did best at the other half. A head that
-       gains nothing stays uncalibrated.
+       choosing blocks anew at every step. The other half guards: a head that gains nothing there stays uncalibrated.
 
     The same model, text and seed give the same scalars on the same machine; nothing else of the model changes, and
     no global random state is touched. Scalars fit the `block_size` and `top_k` they were fitted for. Queries below
