@@ -76,7 +76,7 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
 def test_when_all_are_damaged_the_user_is_told_which_file(tmp_path: Path) -> None:
     (_save(tmp_path, 1) / "optimizer.safetensors").unlink()
     with (
-        pytest.warns(UserWarning),
+        pytest.warns(UserWarning, match="is left out"),
         pytest.raises(UserError, match=r"step-00000001.*optimizer\.safetensors missing"),
     ):
         load_checkpoint(tmp_path)
@@ -98,11 +98,13 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_no_litter(tmp_path: Path, m
             real(handle)
 
         monkeypatch.setattr(os, "fsync", fsync)
+        refusal = ""
         try:
             _save(tmp_path, 2)
         except UserError as error:
-            assert "No space left" in str(error)
+            refusal = str(error)
             failures += 1
+        assert not refusal or "No space left" in refusal
         monkeypatch.setattr(os, "fsync", real)
         assert {p.name for p in tmp_path.iterdir()} <= {"step-00000001", "step-00000002"}
         found = load_checkpoint(tmp_path)
