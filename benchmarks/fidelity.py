@@ -58,12 +58,13 @@ def measure(models: dict[str, PreTrainedModel], windows: list[list[Tensor]], aft
     counts = torch.tensor([sum(len(window) - 1 - after for window in own) for own in windows])
     todo = [(i, window) for i, own in enumerate(windows) for window in own]
     for document, window in track(todo, "windows", console=Console(stderr=True)):
+        window = window.to(models["original"].device)
         parts = [predictions(model, window, after) for model in models.values()]
         for targets, *logits in zip(window[after + 1 :].split(ROWS), *parts, strict=True):
             teacher = read_teacher(logits[0], targets)
             for name, found in zip(models, logits, strict=True):
                 compared = compare(teacher, found)
-                sums[name][:, document] += torch.stack([compared[metric].sum() for metric in METRICS])
+                sums[name][:, document] += torch.stack([compared[metric].sum() for metric in METRICS]).cpu()
     return {"counts": counts.tolist(), "sums": {name: x.tolist() for name, x in sums.items()}}
 
 
@@ -94,6 +95,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=3, help="windows of each document")
     parser.add_argument("--calibration-tokens", type=int, default=32768)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, required=True)
     return parser.parse_args()
 
@@ -128,7 +130,7 @@ def make_rows(measured: dict[str, Any], where: dict[str, int]) -> tuple[list[dic
 def main() -> None:
     """Convert, calibrate, measure, and write the result."""
     args = arguments()
-    original, tokenizer = load_model(args.model), load_tokenizer(args.model)
+    original, tokenizer = load_model(args.model).to(args.device), load_tokenizer(args.model)
     documents, calibration_text = read_documents(args.text), read_text(args.calibration_text)
     windows = cut(documents, tokenizer, args.length, args.windows)
     if sum(map(bool, windows)) < 2:
@@ -157,7 +159,7 @@ def main() -> None:
             "calibration": chosen | {"seconds": round(calibration_s, 1)},
         },
         config=config.to_dict(),
-        device="cpu",
+        device=args.device,
         dtype="float32",
     )
     Console().print(table)
