@@ -6,12 +6,13 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from bsbr.cli import benchmark, convert, evaluate, pretrain, report
+from bsbr.cli import benchmark, convert, evaluate, finetune, pretrain, report
 from bsbr.errors import UserError
 
 COMMANDS = {
     "evaluate": evaluate,
     "convert": convert,
+    "finetune": finetune,
     "benchmark": benchmark,
     "report": report,
     "pretrain": pretrain,
