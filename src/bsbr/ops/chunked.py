@@ -13,6 +13,7 @@ from bsbr.config import BSBRConfig
 from bsbr.ops import far, retrieved
 from bsbr.ops.exponentials import exp_
 from bsbr.ops.groups import Group, by_head, each_group, take_heads
+from bsbr.ops.native.forward import Scratch, native_forward
 from bsbr.ops.routing import select_blocks
 from bsbr.ops.schedule import Plan, Segment
 from bsbr.ops.summaries import summarize
@@ -34,6 +35,7 @@ def chunked_attention(
     calibration: Tensor,
     block_indices: Tensor | None,
     dropout: Dropout,
+    native: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute the attention of `reference_attention` in memory linear in the number of tokens.
 
@@ -50,29 +52,41 @@ def chunked_attention(
         calibration: [HQ, 5], in float32 or better.
         block_indices: selection to use, [B, Tq, HQ, top_k], or None to choose here.
         dropout: dropout of the attention weights, not of the far field's.
+        native: leave the forward pass to the C code (`bsbr.ops.native`).
     Returns:
         o [B, Tq, HQ, Dv], and lse [B, Tq, HQ] in float32 or better.
     """
     plan = Plan(config, scale, q_start, q.shape[1], dropout)
-    return _Chunked.apply(plan, block_indices, q, k, v, calibration)
+    return _Chunked.apply(plan, native, block_indices, q, k, v, calibration)
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, plan: Plan, block_indices: Tensor | None, q: Tensor, k: Tensor, v: Tensor, calibration: Tensor
+        ctx: Any,
+        plan: Plan,
+        native: bool,
+        block_indices: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        calibration: Tensor,
     ) -> tuple[Tensor, Tensor]:
         o = q.new_empty(*q.shape[:3], v.shape[3])
         lse = q.new_empty(q.shape[:3], dtype=calibration.dtype)
-        dense = plan.num_dense
+        dense, scratch = plan.num_dense, Scratch()
 
         def work(index: int, group: Group) -> Tensor:
-            own = _with_stream(plan, index)
-            part = take_heads(group, q, k, v, calibration)
             given = None
             if block_indices is not None:
                 given = by_head(block_indices, k)[group].flatten(0, 1).mT[..., dense:]
             own_o, own_lse = by_head(o, k)[group], by_head(lse, k)[group]
+            if native:
+                own_k, own_v = (x.transpose(1, 2)[group] for x in (k, v))
+                scalars = calibration.unflatten(0, (k.shape[2], -1))[group[1]]
+                return native_forward(plan, by_head(q, k)[group], own_k, own_v, scalars, given, own_o, own_lse, scratch)
+            own = _with_stream(plan, index)
+            part = take_heads(group, q, k, v, calibration)
             part_o, part_lse = _forward_dense(own, *part[:3])
             own_o[..., :dense, :] = part_o.view_as(own_o[..., :dense, :])
             own_lse[..., :dense] = part_lse.view_as(own_lse[..., :dense])
@@ -106,7 +120,7 @@ class _Chunked(torch.autograd.Function):
         dcalibration = torch.zeros_like(calibration)
         for heads, scalars in each_group(work, q, k):
             dcalibration.unflatten(0, (k.shape[2], -1))[heads] += scalars
-        return None, None, dq, dk, dv, dcalibration
+        return None, None, None, dq, dk, dv, dcalibration
 
 
 def _with_stream(plan: Plan, group: int) -> Plan:
