@@ -8,6 +8,8 @@
      which is read the same way) for a run of queries, a retrieved block for those that chose it;
    - block scores are [block, query], so that choosing among blocks runs along queries, a vector of them at a time. */
 
+#include <pthread.h>
+
 #include "product.h"
 
 enum { PIECE = 128, ROWS = 4 * MR }; /* keys of a piece; queries that meet it at once, so that scores stay near */
@@ -15,13 +17,17 @@ enum { BIAS, MEAN_SCALE, VAR_SCALE, VALUE_SCALE, STATE_SCALE };
 
 static const float LOG2_E = 1.44269504088896340736f;
 
-/* One query head. Rows are queries or tokens; strides are in floats. The layout is repeated in forward.py. */
+/* A call, and then each of its query heads, with pointers to its own. Strides are in floats; a row is that of a query
+   or a token. The layout is repeated in forward.py. */
 typedef struct {
   const float *q, *k, *v, *calibration;
   float *o, *lse;
-  int64_t *chosen; /* [top_k, sparse queries] */
-  void *scratch;
+  int64_t *chosen; /* [batch, heads, top_k, sparse queries] */
+  char *scratch;
   int64_t q_row, k_row, v_row, o_row, lse_row;
+  int64_t q_head, k_head, v_head, o_head, lse_head;
+  int64_t q_batch, k_batch, v_batch, o_batch, lse_batch;
+  int64_t batch, heads, key_heads;
   int64_t q_start, stop, sparse_start; /* positions of queries; those before sparse_start read their whole past */
   int64_t width, value_width, block_size, unit, top_k;
   int64_t given;   /* chosen is input */
@@ -113,6 +119,11 @@ static void transpose(const float *from, long from_row, long rows, long width, f
       to[d * to_row + r] = r < rows ? factor * from[r * from_row + d] : 0;
 }
 
+/* Start reading from memory what is wanted soon. */
+static void fetch(const float *x, long count) {
+  for (long i = 0; i < count; i += 16) __builtin_prefetch(x + i);
+}
+
 /* Fold `count` keys from position `start` into queries: those listed, or the ones from position `first` on. A query
    sees no key after it. Rows are counted from the first query. */
 static void read_keys(const Head *h, Work *w, long start, long count, const int32_t *listed, long first, long rows) {
@@ -137,6 +148,9 @@ static void read_keys(const Head *h, Work *w, long start, long count, const int3
         q[i] = h->q + row[r + i < used ? r + i : 0] * h->q_row;
         s[i] = w->scores + (r + i) * PIECE;
       }
+      for (long i = r; i < least(used, r + MR); i++) fetch(w->sum + row[i] * values, values);
+      for (long i = tile + ROWS + r; listed && i < least(rows, tile + ROWS + r + MR); i++)
+        fetch(h->q + listed[i] * h->q_row, h->width);
       product_rows(vectors, h->width, q, 1, w->keys, PIECE, s, 0);
     }
 
@@ -318,7 +332,7 @@ static void read_chosen(const Head *h, Work *w) {
   }
 }
 
-/* Bytes of scratch memory that a head needs. */
+/* Bytes of scratch memory that a thread needs. */
 int64_t bsbr_scratch(const Head *h) {
   Head from_zero = *h;
   Work w;
@@ -326,8 +340,7 @@ int64_t bsbr_scratch(const Head *h) {
   return (intptr_t)lay_out(&from_zero, &w) + 64;
 }
 
-/* Compute o, lse and, if it is not given, the choice of blocks of one query head. */
-void bsbr_forward(const Head *h) {
+static void attend_head(const Head *h) {
   Work work, *w = &work;
   long values = values_row(h), per_block = h->block_size / h->unit, last = (h->stop - 1) / h->block_size;
   long num_dense = h->sparse_start - h->q_start;
@@ -359,4 +372,50 @@ void bsbr_forward(const Head *h) {
     for (long d = 0; d < h->value_width; d++) o[d] = sum[d] * share;
     h->lse[r * h->lse_row] = (w->top[r] + log2f(w->total[r])) / LOG2_E;
   }
+}
+
+/* What threads share: the next head that nobody works on yet. */
+typedef struct {
+  const Head *call;
+  int64_t next;
+} Queue;
+
+typedef struct {
+  Queue *queue;
+  char *scratch;
+} Worker;
+
+static void *work_on_heads(void *worker_) {
+  Worker *worker = worker_;
+  const Head *call = worker->queue->call;
+  for (;;) {
+    int64_t i = __atomic_fetch_add(&worker->queue->next, 1, __ATOMIC_RELAXED);
+    if (i >= call->batch * call->heads) return 0;
+    int64_t row = i / call->heads, head = i % call->heads, key_head = head / (call->heads / call->key_heads);
+    Head h = *call;
+    h.q += row * h.q_batch + head * h.q_head;
+    h.k += row * h.k_batch + key_head * h.k_head;
+    h.v += row * h.v_batch + key_head * h.v_head;
+    h.o += row * h.o_batch + head * h.o_head;
+    h.lse += row * h.lse_batch + head * h.lse_head;
+    h.calibration += head * 5;
+    h.chosen += i * h.top_k * num_sparse(&h);
+    h.scratch = worker->scratch;
+    attend_head(&h);
+  }
+}
+
+/* Compute o, lse and, if it is not given, the choice of blocks: every head by one of `threads` threads, this one
+   included. `scratch` has room for all of them. Which thread takes a head changes nothing. */
+void bsbr_forward(const Head *call, int64_t threads) {
+  enum { MANY = 256 };
+  Queue queue = {call, 0};
+  Worker workers[MANY];
+  pthread_t others[MANY];
+  int64_t started = 0, size = bsbr_scratch(call);
+  threads = least(least(threads, MANY), call->batch * call->heads);
+  for (int64_t i = 0; i < threads; i++) workers[i] = (Worker){&queue, call->scratch + i * size};
+  while (started < threads - 1 && !pthread_create(&others[started], 0, work_on_heads, &workers[started + 1])) started++;
+  work_on_heads(&workers[0]);
+  while (started) pthread_join(others[--started], 0);
 }

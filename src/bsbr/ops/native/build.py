@@ -12,7 +12,7 @@ from pathlib import Path
 from bsbr.errors import UserError
 from bsbr.files import replace_atomic
 
-_FLAGS = ("-std=gnu99", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
+_FLAGS = ("-std=gnu99", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-pthread", "-shared", "-fPIC")
 _NATIVE = ("-march=native", "-mcpu=native")
 """Use all that the processor has: compilers take the one flag or the other, depending on the processor."""
 
@@ -48,7 +48,9 @@ def load_library() -> ctypes.CDLL | str:
         target = _cache_folder() / f"attention-{_fingerprint(compiler, sources)}.so"
         if not target.exists():
             replace_atomic(target, lambda temporary: _compile(compiler, sources[0], temporary))
-        return ctypes.CDLL(str(target))
+        library = ctypes.CDLL(str(target))
+        library.bsbr_scratch.restype = ctypes.c_int64
+        return library
     except (UnavailableError, UserError, OSError) as error:
         return " ".join(str(error).split())
 

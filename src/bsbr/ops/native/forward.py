@@ -1,4 +1,4 @@
-"""Calling the C code: what it can compute, and one call for each query head."""
+"""Calling the C code: what it can compute, and how tensors are handed over."""
 
 import ctypes
 
@@ -13,18 +13,19 @@ _MANY = 64
 """Queries from which transposing keys pays."""
 
 _POINTERS = ("q", "k", "v", "calibration", "o", "lse", "chosen", "scratch")
+_STRIDES = tuple(f"{name}_{axis}" for axis in ("row", "head", "batch") for name in ("q", "k", "v", "o", "lse"))
 _INTEGERS = (
-    "q_row", "k_row", "v_row", "o_row", "lse_row", "q_start", "stop", "sparse_start", "width", "value_width",
-    "block_size", "unit", "top_k", "given", "moments", "far", "state",
+    "batch", "heads", "key_heads", "q_start", "stop", "sparse_start", "width", "value_width", "block_size", "unit",
+    "top_k", "given", "moments", "far", "state",
 )  # fmt: skip
 
 
-class _Head(ctypes.Structure):
-    """One query head as attention.c declares it."""
+class _Call(ctypes.Structure):
+    """A call as attention.c declares it."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_int64) for name in _INTEGERS),
+        *((name, ctypes.c_int64) for name in _STRIDES + _INTEGERS),
         ("scale", ctypes.c_float),
     )
 
@@ -55,74 +56,46 @@ def why_not_native(q: Tensor, config: BSBRConfig, dropout_p: float = 0.0) -> str
     return f"no native code: {library}" if isinstance(library, str) else ""
 
 
-class Scratch:
-    """Memory that calls one after the other use again, since new memory is slow to touch; safe between threads."""
-
-    def __init__(self) -> None:
-        self._free: list[Tensor] = []
-
-    def take(self, size: int) -> Tensor:
-        """Return at least `size` bytes; give them back when done."""
-        kept = self._free.pop() if self._free else None
-        return kept if kept is not None and len(kept) >= size else torch.empty(size, dtype=torch.uint8)
-
-    def give_back(self, memory: Tensor) -> None:
-        """Let another call have it."""
-        self._free.append(memory)
-
-
 def native_forward(
-    plan: Plan,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    calibration: Tensor,
-    given: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    scratch: Scratch,
-) -> Tensor:
-    """Compute the attention of a group of heads; queries of the dense prefix too.
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, calibration: Tensor, block_indices: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the attention of all heads, the dense prefix too.
 
     Args:
         plan: what to compute.
-        q: queries, [R, H, G, Tq, D] float32, R rows.
-        k: keys, [R, H, T, D]; v: values, [R, H, T, Dv].
-        calibration: [H, G, 5].
-        given: blocks to read by sparse queries, [R * H, G, top_k, S], or None to choose them.
-        o: written, [R, H, G, Tq, Dv]; lse: written, [R, H, G, Tq].
-        scratch: working memory.
+        q: queries, [B, Tq, HQ, D] float32.
+        k: keys, [B, T, H, D]; v: values, [B, T, H, Dv].
+        calibration: [HQ, 5] float32.
+        block_indices: blocks to read, [B, Tq, HQ, top_k], or None to choose them.
     Returns:
-        The blocks that sparse queries read, [R * H, G, top_k, S] int64.
+        o [B, Tq, HQ, Dv], lse [B, Tq, HQ], both float32, and the blocks that sparse queries read,
+        [B, HQ, top_k, S] int64.
     Raises:
         RuntimeError: there is no native code here.
     """
     library = load_library()
     if isinstance(library, str):
         raise RuntimeError(f"no native code: {library}")
-    config, (rows, heads, group) = plan.config, q.shape[:3]
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    config, (batch, _, heads, width) = plan.config, q.shape
+    if block_indices is None:
+        chosen = torch.empty(batch, heads, config.top_k, plan.stop - plan.sparse_start, dtype=torch.int64)
+    else:
+        chosen = block_indices[:, plan.num_dense :].permute(0, 2, 3, 1).to(torch.int64).contiguous()
     calibration = calibration.contiguous()
-    shape = (rows * heads, group, config.top_k, plan.stop - plan.sparse_start)
-    chosen = torch.empty(shape, dtype=torch.int64) if given is None else given.contiguous()
-    head = _Head(
-        q_row=q.stride(3), k_row=k.stride(2), v_row=v.stride(2), o_row=o.stride(3), lse_row=lse.stride(3),
-        q_start=plan.q_start, stop=plan.stop, sparse_start=plan.sparse_start, width=q.shape[-1],
-        value_width=v.shape[-1], block_size=config.block_size, unit=config.unit, top_k=config.top_k,
-        given=given is not None, moments=config.far == "moments", far=config.far != "drop",
-        state=config.state == "global", scale=plan.scale,
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    o, lse = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3])
+    call = _Call(
+        batch=batch, heads=heads, key_heads=k.shape[2], q_start=plan.q_start, stop=plan.stop,
+        sparse_start=plan.sparse_start, width=width, value_width=v.shape[3], block_size=config.block_size,
+        unit=config.unit, top_k=config.top_k, given=block_indices is not None, moments=config.far == "moments",
+        far=config.far != "drop", state=config.state == "global", scale=plan.scale,
     )  # fmt: skip
-    library.bsbr_scratch.restype = ctypes.c_int64
-    memory = scratch.take(library.bsbr_scratch(ctypes.byref(head)))
-    head.scratch = memory.data_ptr()
-    for row in range(rows):
-        for key_head in range(heads):
-            head.k, head.v = k[row, key_head].data_ptr(), v[row, key_head].data_ptr()
-            for i in range(group):
-                at = row, key_head, i
-                head.q, head.o, head.lse = q[at].data_ptr(), o[at].data_ptr(), lse[at].data_ptr()
-                head.calibration = calibration[key_head, i].data_ptr()
-                head.chosen = chosen[row * heads + key_head, i].data_ptr()
-                library.bsbr_forward(ctypes.byref(head))  # other threads run meanwhile
-    scratch.give_back(memory)
-    return chosen
+    for name, x in zip(("q", "k", "v", "o", "lse"), (q, k, v, o, lse), strict=True):
+        for axis, stride in zip(("batch", "row", "head"), x.stride(), strict=False):
+            setattr(call, f"{name}_{axis}", stride)
+    threads = min(torch.get_num_threads(), batch * heads)
+    scratch = torch.empty(threads * library.bsbr_scratch(ctypes.byref(call)), dtype=torch.uint8)
+    for name, x in zip(_POINTERS, (q, k, v, calibration, o, lse, chosen, scratch), strict=True):
+        setattr(call, name, x.data_ptr())
+    library.bsbr_forward(ctypes.byref(call), ctypes.c_int64(threads))  # other Python threads run meanwhile
+    return o, lse, chosen

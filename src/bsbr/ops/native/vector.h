@@ -45,7 +45,14 @@ INLINE vec where_greater(vec a, vec b, vec x, vec y) {
 #endif
 }
 
-INLINE vec maximum(vec a, vec b) { return where_greater(a, b, a, b); }
+/* The larger one; b where a or b is no number. */
+INLINE vec maximum(vec a, vec b) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return where_greater(a, b, a, b);
+#endif
+}
 
 INLINE float largest_lane(vec v) {
 #if defined(__AVX512F__)
