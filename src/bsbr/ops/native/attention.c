@@ -109,13 +109,13 @@ static void copy_rows(const float *from, long from_row, long rows, long width, f
 
 /* to[d, r] = factor * from[r, d]; rows up to the next whole vector become columns of zeros. */
 static void transpose(const float *from, long from_row, long rows, long width, float *to, long to_row, float factor) {
-  long d = 0, r = 0;
-  for (r = 0; r + VL <= rows; r += VL)
-    for (d = 0; d + VL <= width; d += VL)
-      transpose_square(from + r * from_row + d, from_row, to + d * to_row + r, to_row, factor);
   long whole_rows = rows / VL * VL, whole_width = width / VL * VL;
-  for (d = 0; d < width; d++)
-    for (r = d < whole_width ? whole_rows : 0; r < round_up(rows, VL); r++)
+  for (long r = 0; r < whole_rows; r += VL)
+    for (long d = 0; d < whole_width; d += VL)
+      transpose_square(from + r * from_row + d, from_row, to + d * to_row + r, to_row, factor);
+  if (whole_rows == rows && whole_width == width) return;
+  for (long d = 0; d < width; d++)
+    for (long r = d < whole_width ? whole_rows : 0; r < round_up(rows, VL); r++)
       to[d * to_row + r] = r < rows ? factor * from[r * from_row + d] : 0;
 }
 

@@ -74,18 +74,29 @@ INLINE float sum_of_lanes(vec v) {
 #endif
 }
 
-/* 2^x for x <= 0. What would not be a normal number is 0: numbers below the normal ones are slow, and weigh nothing. */
-INLINE vec power_of_two(vec x) {
-  const float half_bits = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, which then is in the low bits */
-  vec clamped = where_greater(spread(-126.0f), x, spread(-127.0f), x);
-  vec shifted = clamped + half_bits, f = clamped - (shifted - half_bits); /* f in [-1/2, 1/2] */
+/* 2^f for f in [-1/2, 1/2]; the relative error is below 2^-22. */
+INLINE vec power_of_fraction(vec f) {
   vec p = 1.5403530e-4f * f + 1.33335581e-3f;
   p = p * f + 9.61812910e-3f;
   p = p * f + 5.55041086e-2f;
   p = p * f + 2.40226507e-1f;
   p = p * f + 6.93147181e-1f;
-  p = p * f + 1.0f;
-  return p * (vec)(((ivec)shifted + 127) << 23); /* by a product, so that what is no number stays none */
+  return p * f + 1.0f;
+}
+
+/* 2^x for x <= 0. What would not be a normal number is 0: numbers below the normal ones are slow, and weigh nothing.
+   What is no number stays none. */
+INLINE vec power_of_two(vec x) {
+#if defined(__AVX512F__)
+  __m512 whole = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return (vec)_mm512_maskz_scalef_ps(normal, (__m512)power_of_fraction(x - (vec)whole), whole);
+#else
+  const float half_bits = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, which then is in the low bits */
+  vec clamped = where_greater(spread(-126.0f), x, spread(-127.0f), x);
+  vec shifted = clamped + half_bits;
+  return power_of_fraction(clamped - (shifted - half_bits)) * (vec)(((ivec)shifted + 127) << 23);
+#endif
 }
 
 /* The lanes of a and b in turns: the first halves of both, or the second halves. */
