@@ -1,4 +1,4 @@
-"""The chunked and the native attention against the float64 reference on random shapes and settings, values and gradients.
+"""The chunked and the native attention against the float64 reference: random shapes and settings, values and gradients.
 
 python -m benchmarks.correctness --cases 2000
 """
