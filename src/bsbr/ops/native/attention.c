@@ -374,23 +374,20 @@ static void attend_head(const Head *h) {
   }
 }
 
-/* What threads share: the next head that nobody works on yet. */
+/* What threads share: the next thread's number, and the next head that nobody works on yet. */
 typedef struct {
   const Head *call;
-  int64_t next;
+  int64_t started, next;
 } Queue;
 
-typedef struct {
-  Queue *queue;
-  char *scratch;
-} Worker;
-
-static void *work_on_heads(void *worker_) {
-  Worker *worker = worker_;
-  const Head *call = worker->queue->call;
+/* One thread: take heads until there is none left. */
+static void work_on_heads(void *queue_) {
+  Queue *queue = queue_;
+  const Head *call = queue->call;
+  char *scratch = call->scratch + __atomic_fetch_add(&queue->started, 1, __ATOMIC_RELAXED) * bsbr_scratch(call);
   for (;;) {
-    int64_t i = __atomic_fetch_add(&worker->queue->next, 1, __ATOMIC_RELAXED);
-    if (i >= call->batch * call->heads) return 0;
+    int64_t i = __atomic_fetch_add(&queue->next, 1, __ATOMIC_RELAXED);
+    if (i >= call->batch * call->heads) return;
     int64_t row = i / call->heads, head = i % call->heads, key_head = head / (call->heads / call->key_heads);
     Head h = *call;
     h.q += row * h.q_batch + head * h.q_head;
@@ -400,22 +397,31 @@ static void *work_on_heads(void *worker_) {
     h.lse += row * h.lse_batch + head * h.lse_head;
     h.calibration += head * 5;
     h.chosen += i * h.top_k * num_sparse(&h);
-    h.scratch = worker->scratch;
+    h.scratch = scratch;
     attend_head(&h);
   }
 }
 
+static void *start_thread(void *queue) {
+  work_on_heads(queue);
+  return 0;
+}
+
 /* Compute o, lse and, if it is not given, the choice of blocks: every head by one of `threads` threads, this one
-   included. `scratch` has room for all of them. Which thread takes a head changes nothing. */
-void bsbr_forward(const Head *call, int64_t threads) {
+   included. `scratch` has room for all of them. Which thread takes a head changes nothing.
+
+   `parallel` is libgomp's GOMP_parallel, or 0: PyTorch's threads spin for a while after its own operations, and would
+   take the processors from threads that are not the same ones. */
+void bsbr_forward(const Head *call, int64_t threads, void (*parallel)(void (*)(void *), void *, unsigned, unsigned)) {
   enum { MANY = 256 };
-  Queue queue = {call, 0};
-  Worker workers[MANY];
+  Queue queue = {call, 0, 0};
   pthread_t others[MANY];
-  int64_t started = 0, size = bsbr_scratch(call);
-  threads = least(least(threads, MANY), call->batch * call->heads);
-  for (int64_t i = 0; i < threads; i++) workers[i] = (Worker){&queue, call->scratch + i * size};
-  while (started < threads - 1 && !pthread_create(&others[started], 0, work_on_heads, &workers[started + 1])) started++;
-  work_on_heads(&workers[0]);
+  int64_t started = 0;
+  if (parallel && threads > 1) {
+    parallel(work_on_heads, &queue, threads, 0);
+    return;
+  }
+  while (started < least(threads, MANY) - 1 && !pthread_create(&others[started], 0, start_thread, &queue)) started++;
+  work_on_heads(&queue);
   while (started) pthread_join(others[--started], 0);
 }

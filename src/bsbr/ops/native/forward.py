@@ -1,6 +1,8 @@
 """Calling the C code: what it can compute, and how tensors are handed over."""
 
 import ctypes
+import functools
+import os
 
 import torch
 from torch import Tensor
@@ -97,5 +99,12 @@ def native_forward(
     scratch = torch.empty(threads * library.bsbr_scratch(ctypes.byref(call)), dtype=torch.uint8)
     for name, x in zip(_POINTERS, (q, k, v, calibration, o, lse, chosen, scratch), strict=True):
         setattr(call, name, x.data_ptr())
-    library.bsbr_forward(ctypes.byref(call), ctypes.c_int64(threads))  # other Python threads run meanwhile
+    library.bsbr_forward(ctypes.byref(call), ctypes.c_int64(threads), _torch_threads())  # without Python's lock
     return o, lse, chosen
+
+
+@functools.cache
+def _torch_threads() -> ctypes.c_void_p | None:
+    """The function that starts PyTorch's own threads, where they are GNU OpenMP's."""
+    function = getattr(ctypes.CDLL(None), "GOMP_parallel", None) if os.name == "posix" else None
+    return ctypes.cast(function, ctypes.c_void_p) if function else None
