@@ -1,5 +1,6 @@
 """Fine-tuning brings a converted model nearer to its original, resumes exactly, and leaves what it is given alone."""
 
+import itertools
 import json
 import signal
 import subprocess
@@ -41,7 +42,14 @@ def original(family: str = "gpt2"):
 
 
 def recipe(**settings) -> FinetuneConfig:
-    defaults = {"length": 64, "batch_windows": 2, "accumulation": 2, "distill_tokens": 64 * 4 * 6, "lr": 5e-4, "eval_windows": 2}
+    defaults = {
+        "length": 64,
+        "batch_windows": 2,
+        "accumulation": 2,
+        "distill_tokens": 64 * 4 * 6,
+        "lr": 5e-4,
+        "eval_windows": 2,
+    }
     return FinetuneConfig(**(defaults | {"precision": "float32", "eval_interval": 3, "save_interval": 2} | settings))
 
 
@@ -79,7 +87,9 @@ def test_a_run_that_was_stopped_ends_where_an_unbroken_one_does(tokenizer, tmp_p
     model, config = convert(original(), SPARSE), recipe(transfer_tokens=64 * 4 * 3)
     whole, record = finetune(model, config, text=TEXT, tokenizer=tokenizer, output=tmp_path / "whole")
 
-    def interrupt(trainer, args, state, control, steps=iter(range(100)), **kwargs):
+    steps = itertools.count()
+
+    def interrupt(trainer, args, state, control, **kwargs):
         if next(steps) == 4:
             signal.raise_signal(signal.SIGINT)
 

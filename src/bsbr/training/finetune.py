@@ -149,7 +149,7 @@ class StageTrainer(HubTrainer):
     ) -> None:
         rows = [{"input_ids": window} for window in train_dataset]
         super().__init__(model=model, args=args, train_dataset=rows)  # type: ignore[arg-type]
-        self.stage, self.recipe, self.teacher = stage, recipe, teacher.to(self.args.device)
+        self.stage, self.recipe, self.teacher = stage, recipe, teacher.to(self.args.device)  # type: ignore[arg-type]
         self.loss_is_scaled_for_ga = False
         self.add_callback(_Watch(self, held_out, progress, interrupted))
 
@@ -169,7 +169,8 @@ class StageTrainer(HubTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW, with a rate of its own for the scalars of the far field; called by Trainer."""
         if self.optimizer is None:
-            moving = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
+            trained: Any = model or self.model
+            moving = [(n, p) for n, p in trained.named_parameters() if p.requires_grad]
             scalars = [p for n, p in moving if n.endswith(".calibration")]
             others = [p for n, p in moving if not n.endswith(".calibration")]
             recipe = self.recipe
@@ -212,7 +213,7 @@ class _Watch(TrainerCallback):
             f"{self.trainer.stage} step {step}: held-out KL {found['kl']:.5f}, top-1 {found['top1_agreement']:.2%}, "
             f"perplexity x{found['ppl_ratio']:.4f}"
         )
-        self.trainer.log({"tokens": tokens} | {f"held_out_{name}": value for name, value in found.items()})
+        self.trainer.log({"tokens": tokens} | {f"held_out_{name}": x for name, x in found.items() if x is not None})
 
 
 def _settings(model: PreTrainedModel) -> BSBRConfig:
@@ -307,7 +308,7 @@ def _finish(student: Any, model: PreTrainedModel) -> PreTrainedModel:
     plain = _plain(plain)
     for trained, given in zip(plain.modules(), model.modules(), strict=True):
         if isinstance(given, nn.Dropout):
-            trained.p = given.p  # type: ignore[union-attr]
+            trained.p = given.p  # type: ignore[union-attr, assignment]
     return plain.requires_grad_(True).eval()
 
 

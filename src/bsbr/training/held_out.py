@@ -17,7 +17,7 @@ _ROWS = 1024
 @torch.no_grad()
 def compare_models(
     teacher: PreTrainedModel, models: Mapping[str, PreTrainedModel], windows: Tensor
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, float | None]]:
     """Compare next-token predictions at every position of the windows.
 
     Args:
@@ -52,7 +52,7 @@ def compare_models(
     return {name: _figures(found, base, counts) for name, found in sums.items()}
 
 
-def _figures(sums: Tensor, base: Tensor, counts: list[int]) -> dict[str, float]:
+def _figures(sums: Tensor, base: Tensor, counts: list[int]) -> dict[str, float | None]:
     kl, top1, nll = sums.tolist()
     if len(counts) == 1:
         ratio = math.exp((nll[0] - base[0].item()) / counts[0])

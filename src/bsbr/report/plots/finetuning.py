@@ -11,7 +11,11 @@ from matplotlib.ticker import EngFormatter
 
 from bsbr.report.plots.style import DPI, MUTED, RC, colour
 
-_PANELS = (("kl", "KL to the original (nats)"), ("top1_agreement", "top-1 agreement"), ("ppl_ratio", "perplexity ratio"))
+_PANELS = (
+    ("kl", "KL to the original (nats)"),
+    ("top1_agreement", "top-1 agreement"),
+    ("ppl_ratio", "perplexity ratio"),
+)
 _STAGES = {"transfer": "attention transfer", "distill": "distillation", "language": "language model"}
 
 
@@ -44,8 +48,10 @@ def draw_finetuning(record: Mapping[str, Any]) -> bytes:
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             for stage, end in _ends(record):
                 axes.axvline(end, color=MUTED, lw=0.6, ls=":")
-                axes.annotate(_STAGES[stage], (end, 1), xycoords=("data", "axes fraction"), xytext=(-3, -3),
-                              textcoords="offset points", rotation=90, ha="right", va="top", fontsize=7, color=MUTED)  # fmt: skip
+                axes.annotate(
+                    _STAGES[stage], (end, 1), xycoords=("data", "axes fraction"), xytext=(-3, -3), rotation=90,
+                    textcoords="offset points", ha="right", va="top", fontsize=7, color=MUTED,
+                )  # fmt: skip
         figure.axes[0].legend(fontsize=7, frameon=False)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=DPI)
