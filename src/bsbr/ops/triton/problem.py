@@ -1,0 +1,114 @@
+"""Sizes of one call, and whether the kernels can do it."""
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+from bsbr.config import BSBRConfig
+from bsbr.ops.schedule import dense_until
+
+_WORKSPACE = 1 << 31
+"""Bytes of partial outputs held at once."""
+
+
+class Problem(NamedTuple):
+    """What one call computes, apart from tensors; `sparse` queries are those not read densely."""
+
+    config: BSBRConfig
+    scale: float
+    q_start: int
+    num_queries: int
+    group: int
+    """Query heads of a key head."""
+    most_rows: int
+    """Largest tile of queries: products in float32 and wide heads leave room for fewer."""
+
+    @property
+    def stop(self) -> int:
+        """Position after the last query."""
+        return self.q_start + self.num_queries
+
+    @property
+    def sparse_start(self) -> int:
+        """Position of the first sparse query."""
+        return min(self.stop, max(self.q_start, dense_until(self.config)))
+
+    @property
+    def num_sparse(self) -> int:
+        """Sparse queries."""
+        return self.stop - self.sparse_start
+
+    @property
+    def num_dense(self) -> int:
+        """Queries that read their whole past."""
+        return self.sparse_start - self.q_start
+
+    @property
+    def per_block(self) -> int:
+        """Retrieval blocks in a local block."""
+        return self.config.block_size // self.config.unit
+
+    @property
+    def num_blocks(self) -> int:
+        """Retrieval blocks that are past for the last query."""
+        return (self.stop - 1) // self.config.block_size * self.per_block
+
+    @property
+    def tile_rows(self) -> int:
+        """Queries of a tile: a power of two that divides the local block, so that a tile has one past."""
+        return min(self.most_rows, self.config.block_size & -self.config.block_size)
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles that cover the sparse queries; the first and the last may be part empty."""
+        return -(-self.stop // self.tile_rows) - self.sparse_start // self.tile_rows
+
+    @property
+    def score_scales(self) -> tuple[float, float]:
+        """Factors that turn q.k and (q*q).var / 2 into powers of two."""
+        return self.scale * math.log2(math.e), self.scale**2 / 2 * math.log2(math.e)
+
+    def heads_at_once(self, num_heads: int, part_bytes: int) -> int:
+        """Key heads of all rows that are worked on together, so that partial results stay within the workspace."""
+        parts = self.num_sparse * self.group * (self.config.top_k + 1)
+        return max(1, min(num_heads, _WORKSPACE // (parts * part_bytes)))
+
+
+def make_problem(q: Tensor, k: Tensor, config: BSBRConfig, scale: float, q_start: int) -> Problem:
+    """Gather the sizes of a call."""
+    most_rows = 32 if q.element_size() > 2 else 64
+    return Problem(config, scale, q_start, q.shape[1], q.shape[2] // k.shape[2], most_rows)
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor, config: BSBRConfig, q_start: int, dropout_p: float) -> str | None:
+    """Say why the kernels cannot do a call.
+
+    Args:
+        q, k, v: as given to `bsbr_attention`.
+        config: the settings.
+        q_start: position of the first query.
+        dropout_p: dropout of the weights.
+    Returns:
+        The reason in a few words, or None if they can.
+
+    Example:
+        >>> import torch
+        >>> x = torch.zeros(1, 9, 2, 64)
+        >>> unsupported(x, x, x, BSBRConfig(state="token"), 0, 0.0)
+        'state="token"'
+    """
+    group = q.shape[2] // k.shape[2]
+    reasons = {
+        f"{q.dtype} input": q.element_size() > 4,
+        f"head width {q.shape[3]}": q.shape[3] % 8 != 0 or not 16 <= q.shape[3] <= 256,
+        f"values of width {v.shape[3]} beside keys of {k.shape[3]}": v.shape[3] != k.shape[3],
+        f'state="{config.state}"': config.state not in ("global", "none"),
+        'selection="group"': config.selection == "group" and group > 1,
+        f"block_size {config.block_size}": config.block_size % 16 != 0,
+        f"retrieval_block_size {config.unit}": config.unit not in (16, 32, 64, 128, 256),
+        f"top_k {config.top_k}": config.top_k > 64,
+        "dropout": dropout_p > 0,
+        "late queries that read their whole past": 0 < q_start < dense_until(config),
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
