@@ -55,6 +55,11 @@ class Problem(NamedTuple):
         return (self.stop - 1) // self.config.block_size * self.per_block
 
     @property
+    def gradient_rows(self) -> int:
+        """Largest tile of queries in the backward pass, which holds more of everything."""
+        return min(self.most_rows, 64)
+
+    @property
     def tile_rows(self) -> int:
         """Queries of a tile: a power of two that divides the local block, so that a tile has one past."""
         return min(self.most_rows, self.config.block_size & -self.config.block_size)
