@@ -92,7 +92,7 @@ def _row_products(x: Tensor, y: Tensor) -> Tensor:
 
 def _sum_parts(problem: Problem, heads_here: range, part_q: Tensor, dq: Tensor) -> None:
     """Add up the parts of dq."""
-    rows, width, num_queries = 16, part_q.shape[3], problem.num_sparse * problem.group
+    rows, width, num_queries = 8, part_q.shape[3], problem.num_sparse * problem.group
     _add[(triton.cdiv(num_queries, rows), len(heads_here))](
         part_q, dq, num_queries, problem.num_queries, problem.num_dense, heads_here.start,
         dq.shape[2] // problem.group, G=problem.group, PARTS=part_q.shape[2], D=width, DP=padded(width), ROWS=rows,

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from bsbr.ops.triton.dense import attend_prefix
-from bsbr.ops.triton.fields import attend_fields
+from bsbr.ops.triton.far import attend_far
+from bsbr.ops.triton.local import attend_local
 from bsbr.ops.triton.merge import merge_parts
 from bsbr.ops.triton.pairs import sort_pairs
 from bsbr.ops.triton.problem import Problem
@@ -49,15 +50,17 @@ def forward(
         else:
             chosen = block_indices[:, dense:].int().contiguous()
     heads = batch * k.shape[2]
-    at_once = problem.heads_at_once(heads, width * q.element_size())
-    part_o = q.new_empty(at_once, problem.num_sparse * problem.group, config.top_k + 1, width)
+    at_once, parts = problem.heads_at_once(heads, width * q.element_size()), problem.parts
+    part_o = q.new_empty(at_once, problem.num_sparse * problem.group, parts, width)
     part_lse = lse.new_empty(part_o.shape[:3])
     for first in range(0, heads, at_once):
         here = range(first, min(heads, first + at_once))
         if config.top_k:
             pairs = sort_pairs(chosen, problem.group, here, problem.num_blocks, rows=512)
             attend_pairs(problem, pairs, first, q, k, v, part_o, part_lse)
-        attend_fields(problem, here, q, k, v, field, calibration, chosen, part_o, part_lse)
+        attend_local(problem, here, q, k, v, part_o, part_lse)
+        if config.far != "drop":
+            attend_far(problem, here, q, field, calibration, chosen, part_o, part_lse)
         merge_parts(problem, here, part_o, part_lse, o, lse)
     return o, lse, chosen
 

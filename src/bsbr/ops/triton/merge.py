@@ -17,7 +17,7 @@ def merge_parts(problem: Problem, heads_here: range, part_o: Tensor, part_lse: T
         part_o: partial outputs, [heads, S * G, parts, D]; part_lse: their log2-sum-exp2, [heads, S * G, parts].
         o: where to put the output, [B, Tq, HQ, D]; lse: natural log-sum-exp, [B, Tq, HQ] float32.
     """
-    rows, width, num_queries = 16, part_o.shape[3], problem.num_sparse * problem.group
+    rows, width, num_queries = 8, part_o.shape[3], problem.num_sparse * problem.group
     _merge[(triton.cdiv(num_queries, rows), len(heads_here))](
         part_o, part_lse, o, lse, num_queries, problem.num_queries, problem.num_dense, heads_here.start,
         o.shape[2] // problem.group, G=problem.group, PARTS=part_o.shape[2], D=width, DP=padded(width), ROWS=rows,

@@ -76,8 +76,13 @@ class Problem(NamedTuple):
 
     def heads_at_once(self, num_heads: int, part_bytes: int) -> int:
         """Key heads of all rows that are worked on together, so that partial results stay within the workspace."""
-        parts = self.num_sparse * self.group * (self.config.top_k + 1)
+        parts = self.num_sparse * self.group * self.parts
         return max(1, min(num_heads, _WORKSPACE // (parts * part_bytes)))
+
+    @property
+    def parts(self) -> int:
+        """Partial results of a query: retrieved blocks, local field, far field."""
+        return self.config.top_k + (1 if self.config.far == "drop" else 2)
 
 
 def make_problem(q: Tensor, k: Tensor, config: BSBRConfig, scale: float, q_start: int) -> Problem:

@@ -23,7 +23,7 @@ def attend_pairs(
         pairs: of key heads first_head, first_head + 1, ..., counted over rows and key heads.
         first_head: the first of them.
         q, k, v: of all heads, [B, T, H, D].
-        part_o: partial outputs, [heads, S * G, top_k + 1, D]; part_lse: their log2-sum-exp2, [heads, S * G, top_k + 1].
+        part_o: partial outputs, [heads, S * G, parts, D]; part_lse: their log2-sum-exp2, [heads, S * G, parts].
             These are the first `top_k` parts of each query.
     """
     width, unit = q.shape[3], problem.config.unit
@@ -31,8 +31,8 @@ def attend_pairs(
         q, k, v, *pairs[:5], part_o, part_lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], k.shape[2],
         pairs.count.shape[1], pairs.count.numel(), pairs.pair.shape[1], first_head,
         problem.num_dense, problem.score_scales[0],
-        G=problem.group, TOP_K=problem.config.top_k, UNIT=unit, D=width, DP=padded(width), ROWS=pairs.rows,
-        BM=min(64, problem.most_rows), num_warps=4, num_stages=2,
+        PARTS=part_o.shape[2], G=problem.group, TOP_K=problem.config.top_k, UNIT=unit, D=width, DP=padded(width), ROWS=pairs.rows,
+        BM=min(64, problem.most_rows), num_warps=4, num_stages=3,
     )  # fmt: skip
 
 
@@ -40,8 +40,8 @@ def attend_pairs(
 def _attend(
     q, k, v, pairs, start, count, tile_end, tile_block, part_o, part_lse, qb, qt, qh, kb, kt, kh, vb, vt, vh, heads,
     num_blocks, all_blocks, pairs_per_head, first_head, first_query, scale,
-    G: tl.constexpr, TOP_K: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
-    BM: tl.constexpr,
+    PARTS: tl.constexpr, G: tl.constexpr, TOP_K: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    ROWS: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     block = tl.load(tile_block + tile)
@@ -59,7 +59,7 @@ def _attend(
     own_v = tl.load(v + row * vb + head * vh + token[:, None] * vt + d[None, :], mask=inside, other=0.0)
     head_q = q + row * qb + head * G * qh + first_query.to(tl.int64) * qt
     own_pairs = pairs + z * pairs_per_head + tl.load(start + block)
-    first_part = z * (pairs_per_head // TOP_K * (TOP_K + 1))
+    first_part = z * (pairs_per_head // TOP_K * PARTS)
     for at in range(begin, min(begin + ROWS, own_count), BM):
         place = at + tl.arange(0, BM)
         used = place < own_count
@@ -72,6 +72,6 @@ def _attend(
         weights = tl.exp2(scores - top[:, None])
         total = tl.sum(weights, 1)
         o = tl.dot(weights.to(own_v.dtype), own_v, input_precision="ieee") / total[:, None]
-        to = first_part + pair + query  # top_k + 1 parts of each query
+        to = first_part + query * PARTS + pair % TOP_K
         tl.store(part_lse + to, top + tl.log2(total), mask=used)
         tl.store(part_o + to[:, None] * D + d[None, :], o.to(part_o.dtype.element_ty), mask=used[:, None] & inside)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bsbr.ops.summaries import Summaries
-from bsbr.ops.triton.fields import load_chosen, strike_chosen
+from bsbr.ops.triton.far import load_chosen, strike_chosen
 from bsbr.ops.triton.problem import Problem
 from bsbr.ops.triton.routing import load_blocks, tile_scores
 from bsbr.ops.triton.summaries import FarField, padded
