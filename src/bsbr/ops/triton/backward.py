@@ -44,18 +44,16 @@ def backward(
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dcalibration = torch.zeros_like(calibration)
     do = do.contiguous()
-    prefix = None
+    prefix: list[Tensor] = []
     if dense:
-        dq[:, :dense], *prefix = prefix_backward(
-            *(x[:, :dense] for x in (do, q, k, v, o, lse)), problem.scale
-        )  # fmt: skip
+        own_do, own_q, own_k, own_v, own_o, own_lse = (x[:, :dense] for x in (do, q, k, v, o, lse))
+        dq[:, :dense], *prefix = prefix_backward(own_do, own_q, own_k, own_v, own_o, own_lse, problem.scale)
     if not problem.num_sparse:
-        assert prefix is not None
         return dq, prefix[0].to(k.dtype), prefix[1].to(v.dtype), dcalibration
     delta = _row_products(do, o)
     dk, dv = (torch.empty(k.shape, dtype=torch.float32, device=k.device) for _ in range(2))
     local_backward(problem, q, k, v, do, lse, delta, dk, dv)
-    if prefix is not None:
+    if dense:
         dk[:, :dense] += prefix[0]
         dv[:, :dense] += prefix[1]
     summaries = block_moments(k, v, config.unit, problem.num_blocks, config.state != "none")

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bsbr.ops.triton.problem import Problem
-from bsbr.ops.triton.routing import load_blocks, tile_scores
+from bsbr.ops.triton.routing import load_blocks, score_factors, tile_scores
 from bsbr.ops.triton.summaries import FarField, padded
 
 
@@ -21,7 +21,7 @@ def attend_far(
 ) -> None:
     """Attend to the far field for the sparse queries of some key heads.
 
-    Block scores are computed again, tile by tile, with the chosen blocks struck out; the states are read by one product.
+    Block scores are computed again, tile by tile, with the chosen blocks struck out; one product reads the states.
 
     Args:
         problem: sizes.
@@ -36,7 +36,8 @@ def attend_far(
     config, width, rows = problem.config, q.shape[3], problem.tile_rows
     _attend_far[(problem.num_tiles * len(heads_here) * problem.group,)](
         q, *field, calibration, chosen, part_o, part_lse,
-        *q.stride()[:3], q.shape[2] // problem.group, len(heads_here), heads_here.start, field.centred_k.shape[1], field.states.shape[1],
+        *q.stride()[:3], q.shape[2] // problem.group, len(heads_here), heads_here.start,
+        field.centred_k.shape[1], field.states.shape[1],
         problem.num_tiles, problem.sparse_start, problem.q_start, problem.num_queries, *problem.score_scales,
         problem.scale,
         G=problem.group, B=config.block_size, UNIT=config.unit, TOP_K=config.top_k, D=width, DP=padded(width), BM=rows,
@@ -55,18 +56,21 @@ def load_chosen(chosen, valid, TOP_K: tl.constexpr):
 
 
 @triton.jit
-def strike_chosen(scores, from_block, blocks, TOP_K: tl.constexpr, BN: tl.constexpr):
-    """Scores with -inf where a query reads the block exactly; one bit a block, BN is 32 or 64."""
-    if TOP_K > 0:
-        low = tl.zeros_like(blocks[0])
-        high = tl.zeros_like(blocks[0])
+def strike(scores, from_block, stop, blocks, TOP_K: tl.constexpr, BN: tl.constexpr):
+    """Scores with -inf from `stop` on and where a query reads the block exactly; one bit a block, BN is 32 or 64."""
+    column = tl.arange(0, BN)
+    left = stop - from_block
+    if TOP_K == 0:
+        scores = tl.where((column < left)[None, :], scores, float("-inf"))
+    else:
+        low = tl.zeros_like(blocks[0]) + tl.where(left < 32, -1 << (tl.maximum(left, 0) & 31), 0)
+        high = tl.zeros_like(low) + tl.where(left < 64, -1 << (tl.maximum(left - 32, 0) & 31), 0)
         for j in tl.static_range(TOP_K):
             offset = blocks[j] - from_block
             bit = 1 << (offset & 31)
-            low |= tl.where((offset >= 0) & (offset < 32), bit, 0)
+            low |= tl.where(offset >> 5 == 0, bit, 0)
             if BN > 32:
-                high |= tl.where((offset >= 32) & (offset < 64), bit, 0)
-        column = tl.arange(0, BN)
+                high |= tl.where(offset >> 5 == 1, bit, 0)
         read = low[:, None]
         if BN > 32:
             read = tl.where((column < 32)[None, :], read, high[:, None])
@@ -103,20 +107,17 @@ def _attend_far(
     block = first // B
     wide = tile_q.to(tl.float32)
     scalars = calibration + head * 5
-    square = (wide * wide * (var_scale * tl.load(scalars + 2))).to(var_k.dtype.element_ty)
-    mean_factor = mean_scale * tl.load(scalars + 1)
+    mean_factor, var_factor = score_factors(calibration, head, mean_scale, var_scale)
+    square = (wide * wide * var_factor).to(var_k.dtype.element_ty)
     common = mean_factor * tl.sum(wide * tl.load(first_k + z * D + d, mask=d < D, other=0.0)[None, :], 1)
     common += tl.load(scalars) * 1.4426950408889634 + tl.log2(UNIT * 1.0)
-    blocks = load_chosen(
-        chosen + ((row * num_sparse + sparse) * heads * G + head) * TOP_K, valid, TOP_K
-    )
+    blocks = load_chosen(chosen + ((row * num_sparse + sparse) * heads * G + head) * TOP_K, valid, TOP_K)
     stop = block * (B // UNIT)
     for start in range(0, stop, BN):
         own_centred = load_blocks(centred_k + z * num_blocks * D, start, stop, D, DP, BN)
         own_var = load_blocks(var_k + z * num_blocks * D, start, stop, D, DP, BN) if MOMENTS else own_centred
         scores = tile_scores(tile_q, square, own_centred, own_var, mean_factor, MOMENTS)
-        scores = tl.where((start + tl.arange(0, BN) < stop)[None, :], scores, float("-inf"))
-        scores = strike_chosen(scores, start, blocks, TOP_K, BN)
+        scores = strike(scores, start, stop, blocks, TOP_K, BN)
         new_top = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - new_top[:, None])
         shrink = tl.exp2(top - new_top)

@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bsbr.ops.triton.far import load_chosen, strike_chosen
+from bsbr.ops.triton.far import load_chosen, strike
 from bsbr.ops.triton.problem import Problem
-from bsbr.ops.triton.routing import load_blocks, tile_scores
+from bsbr.ops.triton.routing import load_blocks, score_factors, tile_scores
 from bsbr.ops.triton.summaries import FarField, padded
 
 
@@ -89,8 +89,8 @@ def _fields_backward(
     if FAR:
         wide = tile_q.to(tl.float32)
         scalars = calibration + head * 5
-        square = (wide * wide * (var_scale * tl.load(scalars + 2))).to(var_k.dtype.element_ty)
-        mean_factor = mean_scale * tl.load(scalars + 1)
+        mean_factor, var_factor = score_factors(calibration, head, mean_scale, var_scale)
+        square = (wide * wide * var_factor).to(var_k.dtype.element_ty)
         gamma = tl.load(scalars + 3)
         common_k = tl.load(first_k + z * D + d, mask=d < D, other=0.0)
         common = mean_factor * tl.sum(wide * common_k[None, :], 1)
@@ -113,8 +113,7 @@ def _fields_backward(
             own_centred = load_blocks(centred_k + z * num_blocks * D, start, stop, D, DP, BN)
             own_var = load_blocks(var_k + z * num_blocks * D, start, stop, D, DP, BN) if MOMENTS else own_centred
             scores = tile_scores(tile_q, square, own_centred, own_var, mean_factor, MOMENTS)
-            scores = tl.where((start + tl.arange(0, BN) < stop)[None, :], scores, float("-inf"))
-            weights = tl.exp2(strike_chosen(scores, start, blocks, TOP_K, BN) + common[:, None])
+            weights = tl.exp2(strike(scores, start, stop, blocks, TOP_K, BN) + common[:, None])
             values = load_blocks(mean_v + z * num_blocks * D, start, stop, D, DP, BN)
             dvalues = tl.dot(tile_do, values, input_precision="ieee")
             share += tl.sum(weights, 1)

@@ -37,7 +37,7 @@ def forward(
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     dense = problem.num_dense
     if dense:
-        o[:, :dense], lse[:, :dense] = attend_prefix(*(x[:, :dense] for x in (q, k, v)), problem.scale)
+        o[:, :dense], lse[:, :dense] = attend_prefix(q[:, :dense], k[:, :dense], v[:, :dense], problem.scale)
     chosen = torch.empty(batch, problem.num_sparse, num_heads, 0, dtype=torch.int32, device=q.device)
     if not problem.num_sparse:
         return o, lse, chosen
@@ -63,4 +63,3 @@ def forward(
             attend_far(problem, here, q, field, calibration, chosen, part_o, part_lse)
         merge_parts(problem, here, part_o, part_lse, o, lse)
     return o, lse, chosen
-

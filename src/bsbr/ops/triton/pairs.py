@@ -1,7 +1,7 @@
 """Counting sort of (query, block) pairs by block, without asking the device for a size.
 
-A pair is numbered (query * G + head) * top_k + place within its key head. How the pairs of a block are ordered is left to
-chance (atomics), which changes no output: every row of a tile is computed by itself.
+A pair is numbered (query * G + head) * top_k + place within its key head. How the pairs of a block are ordered is
+left to chance (atomics), which changes no output: every row of a tile is computed by itself.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class Pairs(NamedTuple):
     """Pairs in order of block, [Z, P] int32."""
     start: Tensor
     """Where the pairs of a block start in its key head's, [Z, N] int32."""
-    count: Tensor
+    counts: Tensor
     """Pairs of a block, [Z, N] int32."""
     tile_end: Tensor
     """Tiles of all blocks up to and including this one, [Z * N] int32."""

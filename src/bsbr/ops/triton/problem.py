@@ -1,8 +1,11 @@
 """Sizes of one call, and whether the kernels can do it."""
 
+import importlib.util
 import math
+import os
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from bsbr.config import BSBRConfig
@@ -86,13 +89,15 @@ class Problem(NamedTuple):
 
 
 def make_problem(q: Tensor, k: Tensor, config: BSBRConfig, scale: float, q_start: int) -> Problem:
-    """Gather the sizes of a call."""
+    """Gather the sizes of a call of `bsbr_attention`."""
     most_rows = 32 if q.element_size() > 2 else 64
     return Problem(config, scale, q_start, q.shape[1], q.shape[2] // k.shape[2], most_rows)
 
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor, config: BSBRConfig, q_start: int, dropout_p: float) -> str | None:
-    """Say why the kernels cannot do a call.
+def why_not_triton(
+    q: Tensor, k: Tensor, v: Tensor, config: BSBRConfig, q_start: int = 0, dropout_p: float = 0.0
+) -> str | None:
+    """Say what keeps the kernels from computing a call.
 
     Args:
         q, k, v: as given to `bsbr_attention`.
@@ -100,25 +105,28 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, config: BSBRConfig, q_start: in
         q_start: position of the first query.
         dropout_p: dropout of the weights.
     Returns:
-        The reason in a few words, or None if they can.
+        The obstacle in a few words, or None.
 
     Example:
         >>> import torch
         >>> x = torch.zeros(1, 9, 2, 64)
-        >>> unsupported(x, x, x, BSBRConfig(state="token"), 0, 0.0)
-        'state="token"'
+        >>> why_not_triton(x, x, x, BSBRConfig())
+        'tensors on cpu'
     """
-    group = q.shape[2] // k.shape[2]
-    reasons = {
-        f"{q.dtype} input": q.element_size() > 4,
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # triton's own switch for debugging without a GPU
+    obstacles = {
+        f"tensors on {q.device.type}": not (q.is_cuda or interpreted),
+        "triton is not installed": importlib.util.find_spec("triton") is None,
+        "no queries": q.numel() == 0,
+        f"{q.dtype} input": q.dtype not in (torch.float32, torch.bfloat16, torch.float16),
         f"head width {q.shape[3]}": q.shape[3] % 8 != 0 or not 16 <= q.shape[3] <= 256,
         f"values of width {v.shape[3]} beside keys of {k.shape[3]}": v.shape[3] != k.shape[3],
         f'state="{config.state}"': config.state not in ("global", "none"),
-        'selection="group"': config.selection == "group" and group > 1,
+        'selection="group"': config.selection == "group" and q.shape[2] != k.shape[2],
         f"block_size {config.block_size}": config.block_size % 16 != 0,
         f"retrieval_block_size {config.unit}": config.unit not in (16, 32, 64, 128, 256),
         f"top_k {config.top_k}": config.top_k > 64,
         "dropout": dropout_p > 0,
         "late queries that read their whole past": 0 < q_start < dense_until(config),
     }
-    return next((reason for reason, applies in reasons.items() if applies), None)
+    return next((obstacle for obstacle, applies in obstacles.items() if applies), None)

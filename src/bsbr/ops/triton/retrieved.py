@@ -3,7 +3,6 @@
 Key-block-outer, after FlashMoBA (arXiv 2511.11571): the query heads of a key head that chose a block share its tiles.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,10 +28,10 @@ def attend_pairs(
     width, unit = q.shape[3], problem.config.unit
     _attend[(pairs.tile_block.numel(),)](
         q, k, v, *pairs[:5], part_o, part_lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], k.shape[2],
-        pairs.count.shape[1], pairs.count.numel(), pairs.pair.shape[1], first_head,
+        pairs.counts.shape[1], pairs.counts.numel(), pairs.pair.shape[1], first_head,
         problem.num_dense, problem.score_scales[0],
-        PARTS=part_o.shape[2], G=problem.group, TOP_K=problem.config.top_k, UNIT=unit, D=width, DP=padded(width), ROWS=pairs.rows,
-        BM=min(64, problem.most_rows), num_warps=4, num_stages=3,
+        PARTS=part_o.shape[2], G=problem.group, TOP_K=problem.config.top_k, UNIT=unit, D=width,
+        DP=padded(width), ROWS=pairs.rows, BM=min(64, problem.most_rows), num_warps=4, num_stages=3,
     )  # fmt: skip
 
 

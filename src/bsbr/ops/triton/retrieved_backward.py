@@ -37,7 +37,7 @@ def pairs_backward(
     width, unit = q.shape[3], problem.config.unit
     _pairs_backward[(pairs.tile_block.numel(),)](
         q, k, v, do, lse, delta, *pairs[:5], part_q, dk, dv, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        k.shape[2], k.shape[1], pairs.count.shape[1], pairs.count.numel(), pairs.pair.shape[1], first_head,
+        k.shape[2], k.shape[1], pairs.counts.shape[1], pairs.counts.numel(), pairs.pair.shape[1], first_head,
         problem.num_dense, problem.num_queries, problem.score_scales[0], problem.scale,
         G=problem.group, TOP_K=problem.config.top_k, UNIT=unit, D=width, DP=padded(width), ROWS=pairs.rows,
         BM=problem.gradient_rows, num_warps=8 if width > 64 else 4, num_stages=1,

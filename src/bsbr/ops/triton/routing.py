@@ -31,9 +31,7 @@ def choose_blocks(problem: Problem, q: Tensor, field: FarField, calibration: Ten
         Block indices, [B, S, HQ, top_k] int32 for the S sparse queries, best first.
     """
     batch, _, heads, width = q.shape
-    chosen = torch.empty(
-        batch, problem.num_sparse, heads, problem.config.top_k, dtype=torch.int32, device=q.device
-    )
+    chosen = torch.empty(batch, problem.num_sparse, heads, problem.config.top_k, dtype=torch.int32, device=q.device)
     rows = problem.tile_rows
     _choose[(problem.num_tiles * batch * heads,)](
         q, field.centred_k, field.var_k, calibration, chosen, *q.stride()[:3], batch * heads, heads,
@@ -54,12 +52,20 @@ def load_blocks(x, from_block, stop, D: tl.constexpr, DP: tl.constexpr, BN: tl.c
 
 
 @triton.jit
+def score_factors(calibration, head, mean_scale, var_scale):
+    """Factor of all scores of a head, and of the squared queries in front of it, so that both products share a sum."""
+    mean_factor = mean_scale * tl.load(calibration + head * 5 + 1)
+    mean_factor = tl.where(tl.abs(mean_factor) < 1e-20, 1e-20, mean_factor)
+    return mean_factor, var_scale * tl.load(calibration + head * 5 + 2) / mean_factor
+
+
+@triton.jit
 def tile_scores(q, square, centred_k, var_k, mean_factor, MOMENTS: tl.constexpr):
     """Scores of a tile of queries for a tile of summaries; `square` holds the factor of the variance."""
-    scores = tl.dot(q, centred_k, input_precision="ieee") * mean_factor
+    scores = tl.dot(q, centred_k, input_precision="ieee")
     if MOMENTS:
         scores = tl.dot(square, var_k, scores, input_precision="ieee")
-    return scores
+    return scores * mean_factor
 
 
 @triton.jit
@@ -90,9 +96,8 @@ def _choose(
     own = q + row.to(tl.int64) * qb + head * qh + (token - q_start).to(tl.int64)[:, None] * qt + d[None, :]
     tile_q = tl.load(own, mask=valid[:, None] & (d < D)[None, :], other=0.0)
     wide = tile_q.to(tl.float32)
-    square = wide * wide * (var_scale * tl.load(calibration + head * 5 + 2))
-    square = square.to(var_k.dtype.element_ty)
-    mean_factor = mean_scale * tl.load(calibration + head * 5 + 1)
+    mean_factor, var_factor = score_factors(calibration, head, mean_scale, var_scale)
+    square = (wide * wide * var_factor).to(var_k.dtype.element_ty)
     z = (row * (heads // G) + head // G).to(tl.int64)
     centred_k += z * num_blocks * D
     var_k += z * num_blocks * D

@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from bsbr.ops.summaries import Summaries
-from bsbr.ops.triton.far import load_chosen, strike_chosen
+from bsbr.ops.triton.far import load_chosen, strike
 from bsbr.ops.triton.problem import Problem
-from bsbr.ops.triton.routing import load_blocks, tile_scores
+from bsbr.ops.triton.routing import load_blocks, score_factors, tile_scores
 from bsbr.ops.triton.summaries import FarField, padded
 
 _TOKENS = 4096
@@ -51,15 +51,15 @@ def summaries_backward(
     """
     config, width = problem.config, q.shape[3]
     heads, num_blocks, _ = field.centred_k.shape
-    sums = [torch.zeros(heads, num_blocks, width, dtype=torch.float32, device=q.device) for _ in range(3)]
-    rows, blocks = min(problem.tile_rows, 32), 32
+    dmean_k, dvar_k, dmean_v = torch.zeros(3, heads, num_blocks, width, dtype=torch.float32, device=q.device)
+    rows, blocks = min(problem.tile_rows, problem.gradient_rows), 64 if problem.most_rows >= 64 else 32
     shapes = {"G": problem.group, "B": config.block_size, "D": width, "DP": padded(width)}
     _blocks_backward[(triton.cdiv(num_blocks, blocks), triton.cdiv(problem.num_sparse + rows, _TOKENS), heads)](
-        q, *field[:4], calibration, chosen, do, lse, delta, field.states, *sums, *q.stride()[:3],
+        q, *field[:4], calibration, chosen, do, lse, delta, field.states, dmean_k, dvar_k, dmean_v, *q.stride()[:3],
         q.shape[2] // problem.group, num_blocks, field.states.shape[1], problem.sparse_start, problem.q_start,
         problem.num_queries, *problem.score_scales, problem.scale,
         UNIT=config.unit, TOP_K=config.top_k, BM=rows, BN=blocks, TOKENS=_TOKENS,
-        MOMENTS=config.far == "moments", STATE=config.state != "none", num_warps=4, num_stages=1, **shapes,
+        MOMENTS=config.far == "moments", STATE=config.state != "none", num_warps=8, num_stages=1, **shapes,
     )  # fmt: skip
     dstates = torch.empty_like(field.states[:, :0])
     if config.state != "none":
@@ -75,7 +75,7 @@ def summaries_backward(
         _running_mean_backward[(triton.cdiv(elements, part), heads)](
             read, dstates, num_blocks, elements, PER_BLOCK=problem.per_block, TILE=part, num_warps=2
         )
-    return SummaryGradients(*sums, dstates)
+    return SummaryGradients(dmean_k, dvar_k, dmean_v, dstates)
 
 
 def moments_backward(
@@ -97,7 +97,7 @@ def moments_backward(
     _moments_backward[(triton.cdiv(k.shape[1], unit), k.shape[0] * heads)](
         k, v, summaries.mean_k, summaries.mean_v, *gradients, dk, dv, out_k, out_v, *k.stride()[:3], *v.stride()[:3],
         heads, k.shape[1], summaries.mean_k.shape[1], UNIT=unit, D=width, DP=padded(width),
-        STATES=gradients.states.shape[1] > 0, num_warps=8 if width > 64 else 4,
+        STATES=gradients.states.shape[1] > 0, num_warps=16 if unit * padded(width) > 16384 else 8 if width > 64 else 4,
     )  # fmt: skip
     return out_k, out_v
 
@@ -141,10 +141,9 @@ def _blocks_backward(
         own_delta = tl.load(delta + at_o, mask=valid, other=0.0)
         wide = tile_q.to(tl.float32)
         scalars = calibration + head * 5
-        var_factor = tl.load(scalars + 2)
+        mean_factor, var_factor = score_factors(calibration, head, mean_scale, var_scale)
         plain_square = wide * wide
-        square = (plain_square * (var_scale * var_factor)).to(var_k.dtype.element_ty)
-        mean_factor = mean_scale * tl.load(scalars + 1)
+        square = (plain_square * var_factor).to(var_k.dtype.element_ty)
         common = mean_factor * tl.sum(wide * common_k[None, :], 1)
         common += tl.load(scalars) * 1.4426950408889634 + tl.log2(UNIT * 1.0) - top
         sparse = (token - sparse_start).to(tl.int64)
@@ -156,18 +155,15 @@ def _blocks_backward(
             read = tl.dot(tile_do.to(state.dtype), tl.trans(state), input_precision="ieee")  # do F^T
             along += tl.sum(read * wide, 1) * (scale * tl.load(scalars + 4))
         scores = tile_scores(tile_q, square, own_centred, own_var, mean_factor, MOMENTS)
-        scores = tl.where((n < first // B * (B // UNIT))[None, :], scores, float("-inf"))
-        weights = tl.exp2(strike_chosen(scores, start, blocks, TOP_K, BN) + common[:, None])
+        weights = tl.exp2(strike(scores, start, first // B * (B // UNIT), blocks, TOP_K, BN) + common[:, None])
         gamma = tl.load(scalars + 3)
         dvalues = tl.dot(tile_do, values, input_precision="ieee")
         dscores = weights * (gamma * dvalues + along[:, None])
-        sum_values = tl.dot(
-            tl.trans((weights * gamma).to(tile_do.dtype)), tile_do, sum_values, input_precision="ieee"
-        )
+        sum_values = tl.dot(tl.trans((weights * gamma).to(tile_do.dtype)), tile_do, sum_values, input_precision="ieee")
         scaled = (dscores * (scale * tl.load(scalars + 1))).to(tile_q.dtype)
         sum_mean = tl.dot(tl.trans(scaled), tile_q, sum_mean, input_precision="ieee")
         if MOMENTS:
-            scaled_var = (dscores * (scale * scale / 2 * var_factor)).to(var_k.dtype.element_ty)
+            scaled_var = (dscores * (scale * scale / 2 * tl.load(scalars + 2))).to(var_k.dtype.element_ty)
             sum_var = tl.dot(
                 tl.trans(scaled_var), plain_square.to(var_k.dtype.element_ty), sum_var, input_precision="ieee"
             )
@@ -238,7 +234,8 @@ def _moments_backward(
         own_k = tl.load(k + row * kb + head * kh + token[:, None] * kt + d[None, :], mask=real, other=0.0)
         own_v = tl.load(v + row * vb + head * vh + token[:, None] * vt + d[None, :], mask=real, other=0.0)
         of_block = (z * num_blocks + block) * D + d
-        mu, vbar = (tl.load(mean_k + of_block, mask=d < D, other=0.0), tl.load(mean_v + of_block, mask=d < D, other=0.0))
+        mu = tl.load(mean_k + of_block, mask=d < D, other=0.0)
+        vbar = tl.load(mean_v + of_block, mask=d < D, other=0.0)
         centred_k, centred_v = own_k.to(tl.float32) - mu[None, :], own_v.to(tl.float32) - vbar[None, :]
         by_mean = tl.load(dmean_k + of_block, mask=d < D, other=0.0)
         by_var = tl.load(dvar_k + of_block, mask=d < D, other=0.0)
