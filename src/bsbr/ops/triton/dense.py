@@ -8,6 +8,12 @@ from bsbr.ops.tiles import attend, attend_backward
 
 def attend_prefix(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Causal attention of the first tokens, [B, P, heads, D]; returns o in that layout and lse [B, P, HQ]."""
+    if _has_flash(q) and q.shape[3] <= 128 and torch.cuda.get_device_capability(q.device)[0] == 9:
+        # twice as fast as the next one on Hopper; the backward pass of the next one takes what it saves
+        o, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            *_heads_first(q, k, v), None, True, 0.0, True, scale=scale
+        )[:2]  # fmt: skip
+        return o.transpose(1, 2), lse.view(q.shape[0], q.shape[2], -1).transpose(1, 2)
     if _has_flash(q):
         o, lse = torch.ops.aten._scaled_dot_product_flash_attention(
             *_heads_first(q, k, v), 0.0, True, scale=scale
