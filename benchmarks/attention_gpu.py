@@ -96,7 +96,7 @@ def make_call(contender: str, name: str, tensors: list[Tensor], config: BSBRConf
 
 
 def check(tensors: list[Tensor], config: BSBRConfig, rows: int = 8) -> dict[str, float]:
-    """Compare the tensors that are timed with the float64 reference, at rows of three prefixes and one key head."""
+    """Compare the tensors that are timed with the float64 reference, at rows of two prefixes and two key heads."""
     q, k, v = tensors[:3]
     group = q.shape[2] // k.shape[2]
     calibration = torch.tensor(UNCALIBRATED, device="cuda").expand(q.shape[2], 5).contiguous()
@@ -107,7 +107,7 @@ def check(tensors: list[Tensor], config: BSBRConfig, rows: int = 8) -> dict[str,
         o, _, chosen = torch.ops.bsbr.attention(q, k, v, calibration, None, settings, scale, 0)
     first = max(0, dense_until(config))
     worst, same, count = 0.0, 0, 0
-    for share in (0.4, 0.7, 1.0):
+    for share in (0.4, 1.0):
         stop = max(first + rows, int(k.shape[1] * share))
         for head in (0, k.shape[2] - 1):
             own, heads = slice(stop - rows, stop), slice(head * group, (head + 1) * group)
@@ -191,7 +191,7 @@ def _header(options: argparse.Namespace, config: BSBRConfig) -> dict[str, Any]:
             "time": "between CUDA events, cache flushed, median of 20 calls or of as many as the budget allows",
             "budget_s": options.budget,
             "memory": "peak of the allocator above the level before the calls: outputs, gradients and workspace",
-            "correct": f"the tensors timed, at rows of three prefixes and two key heads, within {TOLERANCE} of the "
+            "correct": f"the tensors timed, at rows of two prefixes and two key heads, within {TOLERANCE} of the "
             "float64 reference given the same choice of blocks, relative to the weighted mean of absolute values",
         },
     }

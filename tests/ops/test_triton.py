@@ -44,7 +44,7 @@ WIDE = {
     "128, 128": (BSBRConfig(block_size=128, top_k=4, dense_below=700), (1, 1500, 8, 2, 128), 0),
     "64, 96": (BSBRConfig(block_size=64, top_k=8, dense_below=0), (2, 900, 2, 2, 96), 0),
     "128 of 32": (BSBRConfig(block_size=128, retrieval_block_size=32, top_k=8, dense_below=0), (1, 1300, 4, 1, 128), 0),
-    "32 with 16": (BSBRConfig(block_size=32, top_k=16, dense_below=0), (1, 1300, 4, 1, 64), 300),
+    "32 with 16": (BSBRConfig(block_size=32, top_k=16, dense_below=0), (1, 1300, 4, 1, 64), 600),
     "256": (BSBRConfig(block_size=256, top_k=2, dense_below=0), (1, 1800, 4, 2, 64), 0),
     "wide heads": (BSBRConfig(block_size=128, top_k=2, dense_below=0), (1, 1000, 2, 1, 256), 0),
 }  # fmt: skip
@@ -135,15 +135,14 @@ def test_exact_ties_go_to_the_lower_block():
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=2e-5)
 
 
-@gpu
-@needs_gpu  # the interpreter multiplies matrices on the CPU, where a row's rounding depends on its place
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@runs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=[gpu, needs_gpu])], ids=str)
 def test_no_earlier_output_changes_by_a_bit(dtype):
     config = BSBRConfig(block_size=16, top_k=1, dense_below=0)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 120, heads, 16, generator=generator).to(DEVICE, dtype) for heads in (2, 1, 1))
     before = bsbr_attention(q, k, v, config, backend="triton")
-    for t in range(3, 120):
+    for t in range(3, 120, 1 if GPU else 47):
         changed = [x.clone() for x in (q, k, v)]
         for x in changed:
             x[:, t] = x[:, t] + 1 if t % 2 else 1e4

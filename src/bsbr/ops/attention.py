@@ -124,7 +124,8 @@ def bsbr_attention(
         k, v = (x.masked_fill(padded[:, :, None, None], 0) for x in (k, v))
         q = q.masked_fill(padded[:, q_start:, None, None], 0)
     if calibration is None:
-        calibration = q.new_tensor(UNCALIBRATED, dtype=wide).expand(q.shape[2], 5)
+        # filled on the device: a copy from the host would not fit into a CUDA graph
+        calibration = torch.stack([q.new_full((), x, dtype=wide) for x in UNCALIBRATED]).expand(q.shape[2], 5)
     calibration = calibration.to(wide)
     if name == "triton":
         from bsbr.ops.triton.operator import triton_attention  # triton is imported only where it is used

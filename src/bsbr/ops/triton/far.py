@@ -41,8 +41,8 @@ def attend_far(
         problem.num_tiles, problem.sparse_start, problem.q_start, problem.num_queries, *problem.score_scales,
         problem.scale,
         G=problem.group, B=config.block_size, UNIT=config.unit, TOP_K=config.top_k, D=width, DP=padded(width), BM=rows,
-        BN=32, MOMENTS=config.far == "moments",
-        STATE=config.state != "none", num_warps=8 if rows >= 128 else 4, num_stages=2,
+        BN=64 if problem.most_rows >= 64 and width <= 128 else 32, MOMENTS=config.far == "moments",
+        STATE=config.state != "none", num_warps=8 if rows >= 128 else 4, num_stages=1,
     )  # fmt: skip
 
 

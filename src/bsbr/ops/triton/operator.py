@@ -37,7 +37,9 @@ def triton_attention(
         o [B, Tq, HQ, D] in the dtype of q; lse [B, Tq, HQ] float32, without gradient.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    o, lse, _ = _attention(q, k, v, calibration, block_indices, json.dumps(config.to_dict()), scale, q_start)
+    o, lse, _ = _attention(
+        q, k, v, calibration.contiguous(), block_indices, json.dumps(config.to_dict()), scale, q_start
+    )
     return o, lse.detach()
 
 

@@ -52,7 +52,10 @@ def summaries_backward(
     config, width = problem.config, q.shape[3]
     heads, num_blocks, _ = field.centred_k.shape
     dmean_k, dvar_k, dmean_v = torch.zeros(3, heads, num_blocks, width, dtype=torch.float32, device=q.device)
-    rows, blocks = min(problem.tile_rows, problem.gradient_rows), 64 if problem.most_rows >= 64 else 32
+    rows, blocks = (
+        min(problem.tile_rows, problem.gradient_rows if width <= 128 else 32),
+        64 if problem.most_rows >= 64 and width <= 128 else 32,
+    )
     shapes = {"G": problem.group, "B": config.block_size, "D": width, "DP": padded(width)}
     _blocks_backward[(triton.cdiv(num_blocks, blocks), triton.cdiv(problem.num_sparse + rows, _TOKENS), heads)](
         q, *field[:4], calibration, chosen, do, lse, delta, field.states, dmean_k, dvar_k, dmean_v, *q.stride()[:3],
