@@ -97,7 +97,7 @@ def _sum_parts(problem: Problem, heads_here: range, part_q: Tensor, dq: Tensor) 
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _multiply(x, y, sums, num_rows, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr):
     row, d = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, DP)
     held = (row < num_rows)[:, None] & (d < D)[None, :]
@@ -106,7 +106,7 @@ def _multiply(x, y, sums, num_rows, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.
     tl.store(sums + row, tl.sum(left.to(tl.float32) * right.to(tl.float32), 1), mask=row < num_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_queries", "first_query", "first_head", "heads"])
 def _add(
     parts, out, num_rows, num_queries, first_query, first_head, heads,
     G: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,

@@ -78,7 +78,19 @@ def strike(scores, from_block, stop, blocks, TOP_K: tl.constexpr, BN: tl.constex
     return scores
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "heads_here",
+        "first_head",
+        "num_blocks",
+        "num_states",
+        "num_tiles",
+        "sparse_start",
+        "q_start",
+        "num_queries",
+    ]
+)
 def _attend_far(
     q, centred_k, var_k, mean_v, first_k, states, calibration, chosen, part_o, part_lse,
     qb, qt, qh, heads, heads_here, first_head, num_blocks, num_states, num_tiles, sparse_start, q_start, num_queries,

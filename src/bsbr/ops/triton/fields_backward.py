@@ -55,7 +55,19 @@ def fields_backward(
     return sums.sum(0)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "heads_here",
+        "first_head",
+        "num_blocks",
+        "num_states",
+        "num_tiles",
+        "sparse_start",
+        "q_start",
+        "num_queries",
+    ]
+)
 def _fields_backward(
     q, k, v, centred_k, var_k, mean_v, first_k, states, calibration, chosen, do, lse, delta, part_q, far_share, sums,
     qb, qt, qh, kb, kt, kh, vb, vt, vh,

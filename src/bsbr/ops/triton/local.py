@@ -26,11 +26,11 @@ def attend_local(
         k.shape[2], len(heads_here), heads_here.start, problem.sparse_start, problem.q_start, problem.num_queries,
         problem.score_scales[0], PARTS=part_o.shape[2], G=problem.group, B=problem.config.block_size,
         TOP_K=problem.config.top_k, D=width, DP=padded(width), BM=rows, KEYS=min(rows, 64),
-        num_warps=8 if rows >= 128 else 4, num_stages=2,
+        num_warps=8 if rows >= 128 else 4, num_stages=1,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "heads_here", "first_head", "sparse_start", "q_start", "num_queries"])
 def _attend_local(
     q, k, v, part_o, part_lse, qb, qt, qh, kb, kt, kh, vb, vt, vh,
     heads, heads_here, first_head, sparse_start, q_start, num_queries, score_scale,

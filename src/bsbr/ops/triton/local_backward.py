@@ -27,7 +27,7 @@ def local_backward(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "num_keys", "sparse_start", "q_start", "num_queries"])
 def _local_backward(
     q, k, v, do, lse, delta, dk, dv, qb, qt, qh, kb, kt, kh, vb, vt, vh, heads, num_keys, sparse_start, q_start,
     num_queries, score_scale, scale,

@@ -25,7 +25,7 @@ def merge_parts(problem: Problem, heads_here: range, part_o: Tensor, part_lse: T
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_queries", "first_query", "first_head", "heads"])
 def _merge(
     part_o, part_lse, o, lse, num_rows, num_queries, first_query, first_head, heads,
     G: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,

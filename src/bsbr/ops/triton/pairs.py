@@ -80,7 +80,7 @@ def _counter(z, num_blocks, COPIES: tl.constexpr):
     return (tl.program_id(0) % COPIES * tl.num_programs(1) + z) * num_blocks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_head", "heads", "num_queries", "num_blocks"])
 def _count(
     chosen, count, first_head, heads, num_queries, num_blocks, GK: tl.constexpr, BLOCK: tl.constexpr,
     COPIES: tl.constexpr,
@@ -89,7 +89,7 @@ def _count(
     tl.atomic_add(count + _counter(z, num_blocks, COPIES) + block, 1, mask=inside, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_head", "heads", "num_queries", "num_blocks"])
 def _place(
     chosen, cursor, pairs, first_head, heads, num_queries, num_blocks, GK: tl.constexpr, BLOCK: tl.constexpr,
     COPIES: tl.constexpr,

@@ -35,7 +35,7 @@ def attend_pairs(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "num_blocks", "all_blocks", "pairs_per_head", "first_head", "first_query"])
 def _attend(
     q, k, v, pairs, start, count, tile_end, tile_block, part_o, part_lse, qb, qt, qh, kb, kt, kh, vb, vt, vh, heads,
     num_blocks, all_blocks, pairs_per_head, first_head, first_query, scale,

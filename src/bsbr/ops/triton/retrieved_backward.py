@@ -44,7 +44,18 @@ def pairs_backward(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "num_keys",
+        "num_blocks",
+        "all_blocks",
+        "pairs_per_head",
+        "first_head",
+        "first_query",
+        "num_queries",
+    ]
+)
 def _pairs_backward(
     q, k, v, do, lse, delta, pairs, start, count, tile_end, tile_block, part_q, dk, dv,
     qb, qt, qh, kb, kt, kh, vb, vt, vh,

@@ -81,7 +81,9 @@ def sortable(scores, stop, from_block, BN: tl.constexpr):
     return tl.where((from_block + column < stop)[None, :], bits, -(2**31))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["all_heads", "heads", "num_blocks", "num_tiles", "sparse_start", "q_start", "num_sparse"]
+)
 def _choose(
     q, centred_k, var_k, calibration, chosen, qb, qt, qh, all_heads, heads, num_blocks, num_tiles,
     sparse_start, q_start, num_sparse, mean_scale, var_scale,

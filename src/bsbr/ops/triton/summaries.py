@@ -97,7 +97,7 @@ def padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "num_blocks"])
 def _moments(
     k, v, mean_k, var_k, mean_v, states, kb, kt, kh, vb, vt, vh, heads, num_blocks,
     UNIT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, STATES: tl.constexpr,
@@ -124,7 +124,7 @@ def _moments(
         tl.store(to, state.to(element), mask=inside & (d < D)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _running_mean(
     states, read, num_blocks, elements, PER_BLOCK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip

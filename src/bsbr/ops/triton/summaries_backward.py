@@ -105,7 +105,7 @@ def moments_backward(
     return out_k, out_v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "num_blocks", "num_states", "sparse_start", "q_start", "num_queries"])
 def _blocks_backward(
     q, centred_k, var_k, mean_v, first_k, calibration, chosen, do, lse, delta, states, dmean_k, dvar_k, dmean_v,
     qb, qt, qh, heads, num_blocks, num_states, sparse_start, q_start, num_queries, mean_scale, var_scale, scale,
@@ -178,7 +178,7 @@ def _blocks_backward(
         tl.atomic_add(dvar_k + to, sum_var, mask=real, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "sparse_start", "q_start", "num_queries"])
 def _states_backward(
     q, do, far_share, calibration, dread, qb, qt, qh, heads, sparse_start, q_start, num_queries, scale,
     G: tl.constexpr, B: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
@@ -204,7 +204,7 @@ def _states_backward(
     tl.store(to, total.to(dread.dtype.element_ty), mask=(d < D)[:, None] & inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _running_mean_backward(dread, dstates, num_blocks, elements, PER_BLOCK: tl.constexpr, TILE: tl.constexpr):
     element = tl.program_id(0) * TILE + tl.arange(0, TILE)
     z = tl.program_id(1).to(tl.int64)
@@ -221,7 +221,7 @@ def _running_mean_backward(dread, dstates, num_blocks, elements, PER_BLOCK: tl.c
             tl.store(to, total.to(dstates.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "num_keys", "num_blocks"])
 def _moments_backward(
     k, v, mean_k, mean_v, dmean_k, dvar_k, dmean_v, dstates, dk, dv, out_k, out_v, kb, kt, kh, vb, vt, vh, heads,
     num_keys, num_blocks, UNIT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, STATES: tl.constexpr,
