@@ -50,7 +50,7 @@ def resolve_backend(
             raise ValueError(f'backend="triton" cannot compute this, {obstacle}: use "auto" or "chunked"')
         return "triton", "asked for by name"
     if obstacle or not q.is_cuda:  # interpreted kernels are for those who ask for them
-        return "chunked", f"not the kernels for GPUs: {obstacle or 'tensors on cpu'}"
+        return "chunked", f"not the kernels for GPUs: {obstacle or f'tensors on {q.device.type}'}"
     return "triton", "the fastest on a GPU"
 
 

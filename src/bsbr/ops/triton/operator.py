@@ -1,11 +1,11 @@
 """The kernels as two PyTorch operators, so that autograd, torch.compile and CUDA graphs see through them."""
 
-import json
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from bsbr.config import BSBRConfig
+from bsbr.config import BSBRConfig, Far, Selection, State
 from bsbr.ops.triton.backward import backward
 from bsbr.ops.triton.forward import forward
 from bsbr.ops.triton.problem import Problem, make_problem
@@ -37,14 +37,28 @@ def triton_attention(
         o [B, Tq, HQ, D] in the dtype of q; lse [B, Tq, HQ] float32, without gradient.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    o, lse, _ = _attention(
-        q, k, v, calibration.contiguous(), block_indices, json.dumps(config.to_dict()), scale, q_start
-    )
+    o, lse, _ = _attention(q, k, v, calibration.contiguous(), block_indices, encode(config), scale, q_start)
     return o, lse.detach()
 
 
+def encode(config: BSBRConfig) -> str:
+    """Write settings as the operators take them; torch.compile traces through this, as it does not through JSON."""
+    sizes = f"{config.block_size} {config.unit} {config.top_k} {config.dense_below}"
+    return f"{sizes} {config.far} {config.state} {config.selection}"
+
+
 def _problem(q: Tensor, k: Tensor, settings: str, scale: float, q_start: int) -> Problem:
-    return make_problem(q, k, BSBRConfig.from_dict(json.loads(settings)), scale, q_start)
+    block_size, unit, top_k, dense_below, far, state, selection = settings.split()
+    config = BSBRConfig(
+        block_size=int(block_size),
+        retrieval_block_size=int(unit),
+        top_k=int(top_k),
+        dense_below=int(dense_below),
+        far=cast(Far, far),
+        state=cast(State, state),
+        selection=cast(Selection, selection),
+    )
+    return make_problem(q, k, config, scale, q_start)
 
 
 @torch.library.custom_op("bsbr::attention", mutates_args=())
