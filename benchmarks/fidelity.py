@@ -58,12 +58,13 @@ def measure(models: dict[str, PreTrainedModel], windows: list[list[Tensor]], aft
     counts = torch.tensor([sum(len(window) - 1 - after for window in own) for own in windows])
     todo = [(i, window) for i, own in enumerate(windows) for window in own]
     for document, window in track(todo, "windows", console=Console(stderr=True)):
+        window = window.to(models["original"].device)
         parts = [predictions(model, window, after) for model in models.values()]
         for targets, *logits in zip(window[after + 1 :].split(ROWS), *parts, strict=True):
             teacher = read_teacher(logits[0], targets)
             for name, found in zip(models, logits, strict=True):
                 compared = compare(teacher, found)
-                sums[name][:, document] += torch.stack([compared[metric].sum() for metric in METRICS])
+                sums[name][:, document] += torch.stack([compared[metric].sum() for metric in METRICS]).cpu()
     return {"counts": counts.tolist(), "sums": {name: x.tolist() for name, x in sums.items()}}
 
 
@@ -93,7 +94,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--windows", type=int, default=3, help="windows of each document")
     parser.add_argument("--calibration-tokens", type=int, default=32768)
+    parser.add_argument("--calibration-queries", type=int, default=512, help="sampled queries of each head")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, required=True)
     return parser.parse_args()
 
@@ -128,13 +131,18 @@ def make_rows(measured: dict[str, Any], where: dict[str, int]) -> tuple[list[dic
 def main() -> None:
     """Convert, calibrate, measure, and write the result."""
     args = arguments()
-    original, tokenizer = load_model(args.model), load_tokenizer(args.model)
+    original, tokenizer = load_model(args.model).to(args.device), load_tokenizer(args.model)
     documents, calibration_text = read_documents(args.text), read_text(args.calibration_text)
     windows = cut(documents, tokenizer, args.length, args.windows)
     if sum(map(bool, windows)) < 2:
         raise UserError(f"{args.text.name}: two documents of {args.length} tokens are needed. Lower --length")
     config, models = make_models(original, args)
-    chosen = {"tokens": args.calibration_tokens, "length": args.length, "seed": args.seed}
+    chosen = {
+        "tokens": args.calibration_tokens,
+        "queries_per_head": args.calibration_queries,
+        "length": args.length,
+        "seed": args.seed,
+    }
     start = time.perf_counter()
     calibrate(models["converted"], calibration_text, tokenizer=tokenizer, progress=True, **chosen)
     calibration_s = time.perf_counter() - start
@@ -157,7 +165,7 @@ def main() -> None:
             "calibration": chosen | {"seconds": round(calibration_s, 1)},
         },
         config=config.to_dict(),
-        device="cpu",
+        device=args.device,
         dtype="float32",
     )
     Console().print(table)
