@@ -1,8 +1,5 @@
-"""Where triton is not installed, the files that import it cannot be searched for examples."""
+"""Where triton is not installed, the files of kernels cannot be imported to search them for examples."""
 
 import importlib.util
 
-collect_ignore_glob: list[str] = []
-if importlib.util.find_spec("triton") is None:
-    collect_ignore_glob.append("src/bsbr/ops/triton/[!p_]*.py")
-    collect_ignore_glob.append("src/bsbr/ops/triton/pairs.py")
+collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["src/bsbr/ops/triton/*.py"]

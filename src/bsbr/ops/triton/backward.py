@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bsbr.ops.triton.dense import prefix_backward
-from bsbr.ops.triton.fields_backward import fields_backward
+from bsbr.ops.triton.fields_backward import FarRows, fields_backward
 from bsbr.ops.triton.local_backward import local_backward
 from bsbr.ops.triton.pairs import sort_pairs
 from bsbr.ops.triton.problem import Problem
@@ -58,7 +58,7 @@ def backward(
         dv[:, :dense] += prefix[1]
     summaries = block_moments(k, v, config.unit, problem.num_blocks, config.state != "none")
     field = far_field(summaries, problem.per_block, q.dtype)
-    far_share = torch.empty_like(lse)
+    far_rows = FarRows(*(torch.empty_like(lse) for _ in range(3)))
     at_once = problem.heads_at_once(heads, width * q.element_size())
     part_q = q.new_empty(at_once, problem.num_sparse * problem.group, config.top_k + 1, width)
     for first in range(0, heads, at_once):
@@ -67,14 +67,14 @@ def backward(
             pairs = sort_pairs(chosen, problem.group, here, problem.num_blocks, rows=1024)
             pairs_backward(problem, pairs, first, q, k, v, do, lse, delta, part_q, dk, dv)
         scalars = fields_backward(
-            problem, here, q, k, v, field, calibration, chosen, do, lse, delta, part_q, far_share
+            problem, here, q, k, v, field, calibration, chosen, do, lse, delta, part_q, far_rows
         )  # fmt: skip
         key_heads = torch.arange(first, here.stop, device=q.device) % k.shape[2]
         dcalibration.view(k.shape[2], problem.group, 5).index_add_(0, key_heads, scalars)
         _sum_parts(problem, here, part_q, dq)
     if config.far == "drop":
         return dq, dk.to(k.dtype), dv.to(v.dtype), dcalibration
-    gradients = summaries_backward(problem, q, field, calibration, chosen, do, lse, delta, far_share)
+    gradients = summaries_backward(problem, q, field, calibration, chosen, do, far_rows)
     return dq, *moments_backward(config.unit, k, v, summaries, gradients, dk, dv), dcalibration
 
 

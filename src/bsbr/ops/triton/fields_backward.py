@@ -1,5 +1,7 @@
 """Gradients of the local and the far field with respect to the queries and the five scalars of a head."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -9,6 +11,17 @@ from bsbr.ops.triton.far import load_chosen, strike
 from bsbr.ops.triton.problem import Problem
 from bsbr.ops.triton.routing import load_blocks, score_factors, tile_scores
 from bsbr.ops.triton.summaries import FarField, padded
+
+
+class FarRows(NamedTuple):
+    """What the gradients of the summaries need of each query, [B, Tq, HQ] float32 each."""
+
+    share: Tensor
+    """Probability of the far field."""
+    shift: Tensor
+    """What turns a score into the logarithm of a probability, base 2: all that blocks share, less lse."""
+    offset: Tensor
+    """Gradient of an entry's weight beside gamma mean_v . do: the state's part, less delta."""
 
 
 def fields_backward(
@@ -24,7 +37,7 @@ def fields_backward(
     lse: Tensor,
     delta: Tensor,
     part_q: Tensor,
-    far_share: Tensor,
+    far_rows: FarRows,
 ) -> Tensor:
     """Differentiate the local and the far field of some key heads.
 
@@ -36,7 +49,7 @@ def fields_backward(
         do: gradient of o, [B, Tq, HQ, D] contiguous.
         lse, delta: of the whole softmax, natural log and sum of do * o, [B, Tq, HQ] float32.
         part_q: partial gradients of q, [heads, S * G, top_k + 1, D]; the last of each query is written.
-        far_share: where to put the far field's probability, [B, Tq, HQ] float32.
+        far_rows: where to put what the far field's other gradients need of each query.
     Returns:
         Gradients of the scalars, [heads, G, 5] float32.
     """
@@ -44,7 +57,7 @@ def fields_backward(
     tiles = -(-problem.stop // rows) - problem.sparse_start // rows
     sums = torch.zeros(tiles, len(heads_here), problem.group, 5, dtype=torch.float32, device=q.device)
     _fields_backward[(tiles * len(heads_here) * problem.group,)](
-        q, k, v, *field, calibration, chosen, do, lse, delta, part_q, far_share, sums,
+        q, k, v, *field, calibration, chosen, do, lse, delta, part_q, *far_rows, sums,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         k.shape[2], len(heads_here), heads_here.start, field.centred_k.shape[1], field.states.shape[1],
         tiles, problem.sparse_start, problem.q_start, problem.num_queries, *problem.score_scales, problem.scale,
@@ -69,7 +82,8 @@ def fields_backward(
     ]
 )
 def _fields_backward(
-    q, k, v, centred_k, var_k, mean_v, first_k, states, calibration, chosen, do, lse, delta, part_q, far_share, sums,
+    q, k, v, centred_k, var_k, mean_v, first_k, states, calibration, chosen, do, lse, delta,
+    part_q, far_share, far_shift, far_offset, sums,
     qb, qt, qh, kb, kt, kh, vb, vt, vh,
     heads, heads_here, first_head, num_blocks, num_states, num_tiles, sparse_start, q_start, num_queries,
     mean_scale, var_scale, scale,
@@ -92,7 +106,8 @@ def _fields_backward(
     at_q = q + row * qb + head * qh + query[:, None] * qt + d[None, :]
     at_o = (row * num_queries + query) * heads * G + head
     tile_q = tl.load(at_q, mask=held, other=0.0)
-    tile_do = tl.load(do + at_o[:, None] * D + d[None, :], mask=held, other=0.0)
+    at_do = do + at_o[:, None] * D + d[None, :]
+    tile_do = tl.load(at_do, mask=held, other=0.0)
     top = tl.load(lse + at_o, mask=valid, other=float("inf")) * 1.4426950408889634  # other rows weigh nothing
     own_delta = tl.load(delta + at_o, mask=valid, other=0.0)
     dq = tl.zeros([BM, DP], tl.float32)
@@ -145,8 +160,13 @@ def _fields_backward(
         tl.store(to + 3, tl.sum(sum_values, 0))
         tl.store(to + 4, scale * tl.sum(share * along, 0))
         tl.store(far_share + at_o, share, mask=valid)
-        if STATE:
-            dq += read * (state_factor * share)[:, None]
+        tl.store(far_shift + at_o, common, mask=valid)
+        tl.store(far_offset + at_o, state_factor * along - own_delta, mask=valid)
+        if STATE:  # again: nothing of this is held in registers through the loop above
+            state = tl.load(at_state, mask=(d < D)[:, None] & inside, other=0.0, cache_modifier=".cg")
+            do_again = tl.load(at_do, mask=held, other=0.0, cache_modifier=".cg").to(tl.float32)
+            weighted = (do_again * (state_factor * share)[:, None]).to(state.dtype)
+            dq = tl.dot(weighted, tl.trans(state), dq, input_precision="ieee")
 
     KEYS: tl.constexpr = min(BM, 64)
     for start in range(block * B, first + BM, KEYS):

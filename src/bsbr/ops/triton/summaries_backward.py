@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bsbr.ops.summaries import Summaries
 from bsbr.ops.triton.far import load_chosen, strike
+from bsbr.ops.triton.fields_backward import FarRows
 from bsbr.ops.triton.problem import Problem
 from bsbr.ops.triton.routing import load_blocks, score_factors, tile_scores
 from bsbr.ops.triton.summaries import FarField, padded
@@ -37,15 +38,13 @@ def summaries_backward(
     calibration: Tensor,
     chosen: Tensor,
     do: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    far_share: Tensor,
+    far_rows: FarRows,
 ) -> SummaryGradients:
     """Differentiate the far field with respect to its summaries.
 
     Args:
-        problem, q, field, calibration, chosen, do, lse, delta: as given to `fields_backward`.
-        far_share: the far field's probability, [B, Tq, HQ] float32.
+        problem, q, field, calibration, chosen, do: as given to `fields_backward`.
+        far_rows: what that wrote.
     Returns:
         Gradients of the summaries.
     """
@@ -58,20 +57,20 @@ def summaries_backward(
     )
     shapes = {"G": problem.group, "B": config.block_size, "D": width, "DP": padded(width)}
     _blocks_backward[(triton.cdiv(num_blocks, blocks), triton.cdiv(problem.num_sparse + rows, _TOKENS), heads)](
-        q, *field[:4], calibration, chosen, do, lse, delta, field.states, dmean_k, dvar_k, dmean_v, *q.stride()[:3],
-        q.shape[2] // problem.group, num_blocks, field.states.shape[1], problem.sparse_start, problem.q_start,
-        problem.num_queries, *problem.score_scales, problem.scale,
+        q, *field[:3], calibration, chosen, do, far_rows.shift, far_rows.offset, dmean_k, dvar_k, dmean_v,
+        *q.stride()[:3], q.shape[2] // problem.group, num_blocks, problem.sparse_start, problem.q_start,
+        problem.num_queries, *problem.score_scales,
         UNIT=config.unit, TOP_K=config.top_k, BM=rows, BN=blocks, TOKENS=_TOKENS,
-        MOMENTS=config.far == "moments", STATE=config.state != "none", num_warps=8, num_stages=1, **shapes,
+        MOMENTS=config.far == "moments", num_warps=8, num_stages=1, **shapes,
     )  # fmt: skip
     dstates = torch.empty_like(field.states[:, :0])
     if config.state != "none":
         read = torch.empty_like(field.states)
         tile = min(problem.tile_rows, 64)
         _states_backward[(field.states.shape[1], heads)](
-            q, do, far_share, calibration, read, *q.stride()[:3], q.shape[2] // problem.group, problem.sparse_start,
-            problem.q_start, problem.num_queries, problem.scale, BM=tile, num_warps=8 if width > 64 else 4,
-            num_stages=1, **shapes,
+            q, do, far_rows.share, calibration, read, *q.stride()[:3], q.shape[2] // problem.group,
+            problem.sparse_start, problem.q_start, problem.num_queries, problem.scale, BM=tile,
+            num_warps=8 if width > 64 else 4, num_stages=1, **shapes,
         )  # fmt: skip
         dstates = field.states.new_empty(heads, num_blocks, width, width)
         elements, part = width * width, 64
@@ -105,12 +104,12 @@ def moments_backward(
     return out_k, out_v
 
 
-@triton.jit(do_not_specialize=["heads", "num_blocks", "num_states", "sparse_start", "q_start", "num_queries"])
+@triton.jit(do_not_specialize=["heads", "num_blocks", "sparse_start", "q_start", "num_queries"])
 def _blocks_backward(
-    q, centred_k, var_k, mean_v, first_k, calibration, chosen, do, lse, delta, states, dmean_k, dvar_k, dmean_v,
-    qb, qt, qh, heads, num_blocks, num_states, sparse_start, q_start, num_queries, mean_scale, var_scale, scale,
+    q, centred_k, var_k, mean_v, calibration, chosen, do, far_shift, far_offset, dmean_k, dvar_k, dmean_v,
+    qb, qt, qh, heads, num_blocks, sparse_start, q_start, num_queries, mean_scale, var_scale,
     G: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, TOP_K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, TOKENS: tl.constexpr, MOMENTS: tl.constexpr, STATE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, TOKENS: tl.constexpr, MOMENTS: tl.constexpr,
 ):  # fmt: skip
     start, z = tl.program_id(0) * BN, tl.program_id(2).to(tl.int64)
     row, key_head = z // heads, z % heads
@@ -125,7 +124,6 @@ def _blocks_backward(
     own_centred = load_blocks(centred_k + z * num_blocks * D, start, num_blocks, D, DP, BN)
     own_var = load_blocks(var_k + z * num_blocks * D, start, num_blocks, D, DP, BN) if MOMENTS else own_centred
     values = load_blocks(mean_v + z * num_blocks * D, start, num_blocks, D, DP, BN)
-    common_k = tl.load(first_k + z * D + d, mask=d < D, other=0.0)
     sum_mean = tl.zeros([BN, DP], tl.float32)
     sum_var = tl.zeros([BN, DP], tl.float32)
     sum_values = tl.zeros([BN, DP], tl.float32)
@@ -140,36 +138,25 @@ def _blocks_backward(
         at_o = (row * num_queries + query) * heads * G + head
         tile_q = tl.load(q + row * qb + head * qh + query[:, None] * qt + d[None, :], mask=held, other=0.0)
         tile_do = tl.load(do + at_o[:, None] * D + d[None, :], mask=held, other=0.0)
-        top = tl.load(lse + at_o, mask=valid, other=float("inf")) * 1.4426950408889634  # other rows weigh nothing
-        own_delta = tl.load(delta + at_o, mask=valid, other=0.0)
+        shift = tl.load(far_shift + at_o, mask=valid, other=float("-inf"))  # other rows weigh nothing
+        offset = tl.load(far_offset + at_o, mask=valid, other=0.0)
         wide = tile_q.to(tl.float32)
         scalars = calibration + head * 5
         mean_factor, var_factor = score_factors(calibration, head, mean_scale, var_scale)
-        plain_square = wide * wide
-        square = (plain_square * var_factor).to(var_k.dtype.element_ty)
-        common = mean_factor * tl.sum(wide * common_k[None, :], 1)
-        common += tl.load(scalars) * 1.4426950408889634 + tl.log2(UNIT * 1.0) - top
+        square = (wide * wide * var_factor).to(var_k.dtype.element_ty)
         sparse = (token - sparse_start).to(tl.int64)
         blocks = load_chosen(chosen + ((row * num_sparse + sparse) * heads * G + head) * TOP_K, valid, TOP_K)
-        along = own_delta * -1.0
-        if STATE:
-            at_state = states + (z * num_states + first // B) * D * D + d[:, None] * D + d[None, :]
-            state = tl.load(at_state, mask=(d < D)[:, None] & inside, other=0.0)
-            read = tl.dot(tile_do.to(state.dtype), tl.trans(state), input_precision="ieee")  # do F^T
-            along += tl.sum(read * wide, 1) * (scale * tl.load(scalars + 4))
         scores = tile_scores(tile_q, square, own_centred, own_var, mean_factor, MOMENTS)
-        weights = tl.exp2(strike(scores, start, first // B * (B // UNIT), blocks, TOP_K, BN) + common[:, None])
+        weights = tl.exp2(strike(scores, start, first // B * (B // UNIT), blocks, TOP_K, BN) + shift[:, None])
         gamma = tl.load(scalars + 3)
         dvalues = tl.dot(tile_do, values, input_precision="ieee")
-        dscores = weights * (gamma * dvalues + along[:, None])
+        dscores = weights * (gamma * dvalues + offset[:, None])
         sum_values = tl.dot(tl.trans((weights * gamma).to(tile_do.dtype)), tile_do, sum_values, input_precision="ieee")
-        scaled = (dscores * (scale * tl.load(scalars + 1))).to(tile_q.dtype)
-        sum_mean = tl.dot(tl.trans(scaled), tile_q, sum_mean, input_precision="ieee")
+        # `square` holds all of a score's variance term but the factor that both terms share
+        dscores *= mean_factor * 0.6931471805599453
+        sum_mean = tl.dot(tl.trans(dscores.to(tile_q.dtype)), tile_q, sum_mean, input_precision="ieee")
         if MOMENTS:
-            scaled_var = (dscores * (scale * scale / 2 * tl.load(scalars + 2))).to(var_k.dtype.element_ty)
-            sum_var = tl.dot(
-                tl.trans(scaled_var), plain_square.to(var_k.dtype.element_ty), sum_var, input_precision="ieee"
-            )
+            sum_var = tl.dot(tl.trans(dscores.to(square.dtype)), square, sum_var, input_precision="ieee")
     to = (z * num_blocks + n[:, None]) * D + d[None, :]
     real = (n < num_blocks)[:, None] & inside
     tl.atomic_add(dmean_k + to, sum_mean, mask=real, sem="relaxed")
