@@ -14,6 +14,9 @@ from bsbr.ops.schedule import dense_until
 _WORKSPACE = 1 << 31
 """Bytes of partial outputs held at once."""
 
+_BLOCK_BYTES = 1 << 16
+"""Largest block of keys: it has to fit into shared memory beside its values and a tile of queries."""
+
 
 class Problem(NamedTuple):
     """What one call computes, apart from tensors; `sparse` queries are those not read densely."""
@@ -113,6 +116,7 @@ def why_not_triton(
         >>> why_not_triton(x, x, x, BSBRConfig())
         'tensors on cpu'
     """
+    block_bytes = config.unit * (1 << (q.shape[3] - 1).bit_length()) * q.element_size()
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # triton's own switch for debugging without a GPU
     obstacles = {
         f"tensors on {q.device.type}": not (q.is_cuda or interpreted),
@@ -125,6 +129,7 @@ def why_not_triton(
         'selection="group"': config.selection == "group" and q.shape[2] != k.shape[2],
         f"block_size {config.block_size}": config.block_size % 16 != 0,
         f"retrieval_block_size {config.unit}": config.unit not in (16, 32, 64, 128, 256),
+        f"blocks of {config.unit} keys of width {q.shape[3]} in {q.dtype}": block_bytes > _BLOCK_BYTES,
         f"top_k {config.top_k}": config.top_k > 64,
         "dropout": dropout_p > 0,
         "late queries that read their whole past": 0 < q_start < dense_until(config),
