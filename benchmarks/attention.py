@@ -156,7 +156,7 @@ def _header(config: BSBRConfig, settings: SpeedSettings) -> dict[str, Any]:
         "command": [without_folders(word) for word in sys.argv],
         "code": code_versions(),
         "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads(), "device": "cpu", "dtype": "float32"},
-        "backend": resolve_backend("auto", draw(1)[0], config)[0],
+        "backend": resolve_backend("auto", *draw(1)[:3], config)[0],
         "config": config.to_dict(),
         "protocol": {
             "shape": ["1", "T", str(HEADS), str(WIDTH)],

@@ -134,7 +134,7 @@ def test_what_it_does_not_compute_goes_to_the_chunked_backend():
     q, k, v = draw(7, 1, 70, 1, 8)
     token = BSBRConfig(dense_below=0, block_size=32, top_k=1, state="token")
     for tensor, config, dropout in ((q.double(), CONFIG, 0.0), (q, token, 0.0), (q, CONFIG, 0.1)):
-        name, reason = resolve_backend("auto", tensor, config, dropout)
+        name, reason = resolve_backend("auto", tensor, tensor, tensor, config, dropout_p=dropout)
         assert name == "chunked"
         assert reason.startswith(("native code", "no native code"))
     with pytest.raises(ValueError, match="native code computes float32"):
