@@ -17,6 +17,9 @@ _WORKSPACE = 1 << 31
 _BLOCK_BYTES = 1 << 16
 """Largest block of keys: it has to fit into shared memory beside its values and a tile of queries."""
 
+_INSTALLED = importlib.util.find_spec("triton") is not None
+"""Looked up once: `torch.compile` traces calls, and cannot trace this one."""
+
 
 class Problem(NamedTuple):
     """What one call computes, apart from tensors; `sparse` queries are those not read densely."""
@@ -120,7 +123,7 @@ def why_not_triton(
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # triton's own switch for debugging without a GPU
     obstacles = {
         f"tensors on {q.device.type}": not (q.is_cuda or interpreted),
-        "triton is not installed": importlib.util.find_spec("triton") is None,
+        "triton is not installed": not _INSTALLED,
         "no queries": q.numel() == 0,
         f"{q.dtype} input": q.dtype not in (torch.float32, torch.bfloat16, torch.float16),
         f"head width {q.shape[3]}": q.shape[3] % 8 != 0 or not 16 <= q.shape[3] <= 256,
