@@ -102,6 +102,31 @@ def test_convert_saves_what_transformers_loads(tiny, tmp_path):
     assert main(evaluate(tiny, tmp_path / "r", "--converted", str(tmp_path / "c"))) == 0
 
 
+def test_finetune_saves_a_model_its_figures_and_a_plot(tiny, tmp_path, capsys):
+    converted, output = tmp_path / "converted", tmp_path / "tuned"
+    attention = ["--block-size", "16", "--top-k", "1", "--dense-below", "0", "--calibrate", "none"]
+    assert main(["convert", str(tiny / "model"), str(converted), *attention]) == 0
+    recipe = ["--length", "64", "--accumulation", "2", "--distill-tokens", "512", "--transfer-tokens", "256"]
+    command = [
+        "finetune",
+        str(converted),
+        str(output),
+        "--text",
+        str(tiny / "text.txt"),
+        *recipe,
+        "--eval-windows",
+        "1",
+    ]
+    assert main(command) == 0
+    assert "retrieval off, after" in capsys.readouterr().out
+    assert AutoModelForCausalLM.from_pretrained(output).config.model_type == "bsbr-gpt2"
+    record = json.loads((output / "finetune.json").read_text())
+    assert {row["stage"] for row in record["history"]} == {"transfer", "distill"}
+    assert (output / "finetune.png").read_bytes().startswith(b"\x89PNG")
+    assert main(command) == 2
+    assert "holds an earlier run" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers import Trainer as HubTrainer
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -151,6 +151,7 @@ class StageTrainer(HubTrainer):
         super().__init__(model=model, args=args, train_dataset=rows)  # type: ignore[arg-type]
         self.stage, self.recipe, self.teacher = stage, recipe, teacher.to(self.args.device)  # type: ignore[arg-type]
         self.loss_is_scaled_for_ga = False
+        self.remove_callback(PrinterCallback)  # its lines of raw numbers
         self.add_callback(_Watch(self, held_out, progress, interrupted))
 
     def compute_loss(
@@ -324,6 +325,8 @@ def _arguments(
 ) -> TrainingArguments:
     bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
     steps = config.steps(stage, int(os.environ.get("WORLD_SIZE", "1")))
+    # newer versions of transformers rename this one, so it is named only where it is wanted
+    memory = {"gradient_checkpointing": True} if config.gradient_checkpointing and stage != "transfer" else {}
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -334,7 +337,6 @@ def _arguments(
         warmup_steps=round(config.warmup_share * steps),
         max_grad_norm=config.clip,
         bf16=bfloat16,
-        gradient_checkpointing=config.gradient_checkpointing and stage != "transfer",
         save_strategy="steps",
         save_steps=config.save_interval,
         save_total_limit=2,
@@ -346,6 +348,7 @@ def _arguments(
         ddp_find_unused_parameters=stage == "transfer" and config.scope == "all",
         seed=config.seed,
         use_cpu=device.type == "cpu",
+        **memory,  # type: ignore[arg-type]
     )
 
 
