@@ -190,3 +190,10 @@ def test_what_would_change_scores_is_refused(tiny, tokens, logits):
         logits(converted, tokens(1, 40), attention_mask=torch.ones(1, 1, 40, 40, dtype=torch.bool).tril())
     with pytest.raises(NotImplementedError, match="continuous batching"):
         converted.generate_batch([[1, 2]])
+
+
+def test_the_type_is_right_whether_the_config_was_made_or_read(tiny, tmp_path):
+    tiny("gpt2").save_pretrained(tmp_path)
+    model = convert(str(tmp_path), SPARSE)
+    assert model.config.model_type == "bsbr-gpt2"
+    assert revert(model).config.model_type == "gpt2"

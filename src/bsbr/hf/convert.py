@@ -64,6 +64,7 @@ def convert(
     config_class, model_class = derive(source.config.model_type)
     setattr(model, _KEPT, source.config._attn_implementation)
     model.__class__, model.config.__class__ = model_class, config_class
+    vars(model.config).pop("model_type", None)  # a config that was read from a file has the old one beside its class's
     model.config.bsbr = settings
     model.set_attn_implementation(NAME)
     attach(model)

@@ -188,24 +188,29 @@ class _Watch(TrainerCallback):
 
     def __init__(self, trainer: StageTrainer, held_out: Tensor, progress: TrainingProgress, interrupted: Any) -> None:
         self.trainer, self.held_out, self.progress, self.interrupted = trainer, held_out, progress, interrupted
-        self.started, self.first, self.loss = time.monotonic(), 0, float("nan")
+        self.started, self.first = time.monotonic(), 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started, self.first = time.monotonic(), state.global_step
         self.progress.say(f"{self.trainer.stage}: {state.max_steps} steps, from {state.global_step}")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        self.loss = (logs or {}).get("loss", self.loss)
+        if "loss" in (logs or {}):
+            step, seconds = state.global_step, time.monotonic() - self.started
+            tokens = self._tokens(args) * (step - self.first) / seconds
+            self.progress.update(step, state.max_steps, logs["loss"], tokens)  # type: ignore[index]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        step, recipe = state.global_step, self.trainer.recipe
-        seconds = (time.monotonic() - self.started) / max(1, step - self.first)
-        tokens = recipe.length * recipe.batch_windows * recipe.accumulation * args.world_size
-        self.progress.update(step, state.max_steps, self.loss, tokens / seconds)
-        if step % recipe.eval_interval == 0 or step == state.max_steps:
-            self._look(step, step * tokens)
+        step = state.global_step
+        if step % self.trainer.recipe.eval_interval == 0 or step == state.max_steps:
+            self._look(step, step * self._tokens(args))
         if self.interrupted.is_set():
             control.should_save = control.should_training_stop = True
+
+    def _tokens(self, args: Any) -> int:
+        """Tokens of an optimizer step."""
+        recipe = self.trainer.recipe
+        return recipe.length * recipe.batch_windows * recipe.accumulation * args.world_size
 
     def _look(self, step: int, tokens: int) -> None:
         student = _plain(self.trainer.model)
