@@ -98,7 +98,7 @@ def test_rows_of_different_lengths_do_not_know_of_each_other(mode):
             for row, count in enumerate(counts):
                 own = expected[row, done[row] : done[row] + count]
                 torch.testing.assert_close(
-                    o[row, :count], own, rtol=1e-9, atol=1e-9, msg=lambda m: f"{case.config}: {m}"
+                    o[row, :count], own, rtol=1e-9, atol=1e-9, msg=lambda m, c=case: f"{c.config}: {m}"
                 )
                 assert not o[row, count:].any()
             done = [length + count for length, count in zip(done, counts, strict=True)]

@@ -1,4 +1,4 @@
-"""What decoding keeps of a sequence: its last two local blocks, a summary of each past block, and past keys and values."""
+"""What decoding keeps of a text: its last two local blocks, a summary of each past block, past keys and values."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -77,7 +77,6 @@ class BlockCache:
         self._tensors: dict[str, Tensor] = {}
         self._store: Store | None = None
 
-    @torch.no_grad()
     def attend(
         self,
         q: Tensor,
@@ -97,22 +96,21 @@ class BlockCache:
             calibration: [HQ, 5]; None means uncalibrated.
             counts: tokens of each row; what comes later is padding. None means T.
         Returns:
-            o [B, T, HQ, Dv] in the dtype of q, 0 for padding; without gradient.
+            o [B, T, HQ, Dv] in the dtype of q, 0 for padding; with gradients only from the first tokens.
         """
         counts = tuple(counts) if counts is not None else (q.shape[1],) * q.shape[0]
         if not self.lengths:
             self._start(k, v)
-        if len(self.lengths) != q.shape[0]:
-            raise ValueError(f"the cache holds {len(self.lengths)} rows, got {q.shape[0]}: use a cache for each batch")
         wide = torch.promote_types(q.dtype, torch.float32)
         if calibration is None:
             calibration = q.new_tensor(UNCALIBRATED, dtype=wide).expand(q.shape[2], 5)
-        if max(self.lengths) == 0 and q.shape[1] > 1:
+        if max(self.lengths) == 0:
             return self._first(q, k, v, scale, calibration, counts)
-        o = q.new_zeros(*q.shape[:3], v.shape[3])
-        by_head = calibration.to(wide).unflatten(0, (k.shape[2], -1))
-        for piece in cut(tuple(self.lengths), counts, self.config):
-            self._piece(piece, q, k, v, o, scale, by_head)
+        with torch.no_grad():
+            o = q.new_zeros(*q.shape[:3], v.shape[3])
+            by_head = calibration.to(wide).unflatten(0, (k.shape[2], -1))
+            for piece in cut(tuple(self.lengths), counts, self.config):
+                self._piece(piece, q, k, v, o, scale, by_head)
         return o
 
     def crop(self, lengths: Sequence[int]) -> None:
@@ -178,8 +176,8 @@ class BlockCache:
             if config.state == "global":  # sums of the states before the own local block, and before the last one
                 self._tensors["states"] = zeros(2, width, v.shape[3])
         if self.mode != "states":
-            empty = (x.transpose(1, 2)[:, :, :0] for x in (k, v))
-            self._store = Store(*empty, config.unit, config.block_size, self.mode == "offload")
+            empty_k, empty_v = (x.transpose(1, 2)[:, :, :0] for x in (k, v))
+            self._store = Store(empty_k, empty_v, config.unit, config.block_size, self.mode == "offload")
         self.lengths, self._floors = [0] * rows, [0] * rows
 
     def _first(
@@ -193,7 +191,7 @@ class BlockCache:
             k, v = (x.masked_fill(padded[:, :, None, None], 0) for x in (k, v))
         o = bsbr_attention(q, k, v, self.config, scale=scale, lengths=lengths, calibration=calibration)
         assert isinstance(o, Tensor)
-        k, v, size = k.transpose(1, 2), v.transpose(1, 2), self.config.block_size
+        k, v, size = k.detach().transpose(1, 2), v.detach().transpose(1, 2), self.config.block_size
         blocks = [count // size for count in counts]
         for start in range(0, max(blocks), _SUMMARISED):
             span = slice(start * size, min(start + _SUMMARISED, max(blocks)) * size)
@@ -290,7 +288,8 @@ class BlockCache:
             row = piece.rows[index]
             self._floors[row] = block = self.lengths[row] // size - 1
             if not (every and piece.even):
-                self._finish(slice(row, row + 1), block, *(x[index : index + 1] for x in (own_k, own_v)), [block + 1])
+                one = slice(index, index + 1)
+                self._finish(slice(row, row + 1), block, own_k[one], own_v[one], [block + 1])
         if finished and every and piece.even:
             self._finish(slice(None), block, own_k, own_v, [block + 1] * len(finished))
 
@@ -314,10 +313,10 @@ class BlockCache:
         number = row_numbers(piece.rows, k.device)[:, None]
         starts = row_numbers(piece.places, k.device)[:, None]
         step, key = torch.arange(steps, device=k.device), torch.arange(width, device=k.device)
-        half = starts // size % 2 * size
+        halves = starts // size % 2 * size
         for own, new in tensors:
-            own[number, :, half + starts % size + step] = new
-        found = [own[number, :, half + key].transpose(1, 2) for own, _ in tensors]
+            own[number, :, halves + starts % size + step] = new
+        found = [own[number, :, halves + key].transpose(1, 2) for own, _ in tensors]
         unseen = key > (starts % size + step)[..., None]
         return found[0], found[1], unseen.repeat_interleave(k.shape[2], 0)
 
