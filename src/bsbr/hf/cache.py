@@ -144,6 +144,16 @@ class BSBRLayer(CacheLayerMixin):
         o[row, call.order] = part
         return o
 
+    def fill(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take in a text whose attention is known already, as another cache holds it.
+
+        Args:
+            key_states: [B, H, T, D]; value_states: [B, H, T, Dv].
+        """
+        self.reset()
+        self.blocks.fill(key_states.transpose(1, 2), value_states.transpose(1, 2))
+        self._slots = key_states.shape[2]
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the slots after a call, padding included, and the first of them."""
         return self._slots + query_length, 0

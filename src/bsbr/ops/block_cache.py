@@ -113,6 +113,15 @@ class BlockCache:
                 self._piece(piece, q, k, v, o, scale, by_head)
         return o
 
+    def fill(self, k: Tensor, v: Tensor) -> None:
+        """Take in a text whose attention is known already, in place of what the cache held.
+
+        Args:
+            k: keys, [B, T, H, D]; v: values, [B, T, H, Dv].
+        """
+        self._start(k, v)
+        self._fill(k.detach().transpose(1, 2), v.detach().transpose(1, 2), (k.shape[1],) * k.shape[0])
+
     def crop(self, lengths: Sequence[int]) -> None:
         """Forget the end of each row.
 
@@ -191,7 +200,11 @@ class BlockCache:
             k, v = (x.masked_fill(padded[:, :, None, None], 0) for x in (k, v))
         o = bsbr_attention(q, k, v, self.config, scale=scale, lengths=lengths, calibration=calibration)
         assert isinstance(o, Tensor)
-        k, v, size = k.detach().transpose(1, 2), v.detach().transpose(1, 2), self.config.block_size
+        self._fill(k.detach().transpose(1, 2), v.detach().transpose(1, 2), counts)
+        return o
+
+    def _fill(self, k: Tensor, v: Tensor, counts: Sequence[int]) -> None:
+        size = self.config.block_size
         blocks = [count // size for count in counts]
         for start in range(0, max(blocks), _SUMMARISED):
             span = slice(start * size, min(start + _SUMMARISED, max(blocks)) * size)
@@ -200,7 +213,6 @@ class BlockCache:
             for block in {max(0, blocks[row] - 1), blocks[row]}:
                 self._keep_own(row, block, *(x[row, :, block * size : min(count, (block + 1) * size)] for x in (k, v)))
         self.lengths, self._floors = list(counts), [max(0, block - 1) for block in blocks]
-        return o
 
     def _keep_own(self, row: int, block: int, k: Tensor, v: Tensor) -> None:
         start = block % 2 * self.config.block_size
