@@ -1,6 +1,6 @@
 """What decoding keeps of a text: its last two local blocks, a summary of each past block, past keys and values."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -9,15 +9,14 @@ from torch import Tensor
 from bsbr.config import BSBRConfig
 from bsbr.ops.attention import bsbr_attention
 from bsbr.ops.decode import Past, decode_attention, decode_exact
+from bsbr.ops.own_blocks import OwnBlocks
 from bsbr.ops.pieces import Piece, cut, row_numbers
-from bsbr.ops.stores import Store, take_rows, with_room
-from bsbr.ops.summaries import UNCALIBRATED, summarize
+from bsbr.ops.running import SUMMARISED, RunningSummaries
+from bsbr.ops.stores import Store
+from bsbr.ops.summaries import UNCALIBRATED
 
 Mode = Literal["full", "offload", "states"]
 MODES: tuple[Mode, ...] = ("full", "offload", "states")
-
-_SUMMARISED = 64
-"""Local blocks that are summarised at once: bounds the memory of their first-order states."""
 
 
 def check_mode(config: BSBRConfig, mode: Mode) -> None:
@@ -74,7 +73,8 @@ class BlockCache:
         """Forget everything."""
         self.lengths: list[int] = []
         self._floors: list[int] = []  # lowest local block that each row's own keys and sums can go back to
-        self._tensors: dict[str, Tensor] = {}
+        self._own: OwnBlocks | None = None
+        self._summaries: RunningSummaries | None = None
         self._store: Store | None = None
 
     def attend(
@@ -152,13 +152,13 @@ class BlockCache:
         """
         chosen = rows.tolist()
         self.lengths, self._floors = ([x[row] for row in chosen] for x in (self.lengths, self._floors))
-        self._tensors = {name: take_rows(x, rows) for name, x in self._tensors.items()}
-        if self._store is not None:
-            self._store.select(rows)
+        for part in (self._own, self._summaries, self._store):
+            if part is not None:
+                part.select(rows)
 
     def num_bytes(self) -> dict[str, int]:
         """Return the memory the cache takes, by kind: "device" and "host"; on a CPU all of it is the device's."""
-        used = {"device": sum(x.nbytes for x in self._tensors.values()), "host": 0}
+        used = {"device": sum(part.nbytes for part in (self._own, self._summaries) if part is not None), "host": 0}
         if self._store is not None:
             place = "device" if self._store.k.device == self._store.device else "host"
             used[place] += self._store.k.nbytes + self._store.v.nbytes
@@ -166,28 +166,11 @@ class BlockCache:
 
     def _start(self, k: Tensor, v: Tensor) -> None:
         """Make empty tensors for rows like these."""
-        config, (rows, _, heads, width) = self.config, k.shape
-        wide = torch.promote_types(k.dtype, torch.float32)
-
-        def zeros(*shape: int, dtype: torch.dtype = wide) -> Tensor:
-            return torch.zeros(rows, heads, *shape, dtype=dtype, device=k.device)
-
-        with torch.inference_mode(False):
-            self._tensors = {
-                # the own local block and the one before, so that a crop by a few tokens finds its keys
-                "own_k": zeros(2 * config.block_size, width, dtype=k.dtype),
-                "own_v": zeros(2 * config.block_size, v.shape[3], dtype=v.dtype),
-            }
-            if config.top_k or config.far != "drop":
-                self._tensors["meta"] = zeros(0, width * (2 if config.far == "moments" else 1))
-            if config.far != "drop":
-                self._tensors["mean_v"] = zeros(0, v.shape[3])
-            if config.state == "global":  # sums of the states before the own local block, and before the last one
-                self._tensors["states"] = zeros(2, width, v.shape[3])
+        size = self.config.block_size
+        self._own, self._summaries = OwnBlocks(k, v, size), RunningSummaries(k, v, self.config)
         if self.mode != "states":
-            empty_k, empty_v = (x.transpose(1, 2)[:, :, :0] for x in (k, v))
-            self._store = Store(empty_k, empty_v, config.unit, config.block_size, self.mode == "offload")
-        self.lengths, self._floors = [0] * rows, [0] * rows
+            self._store = Store(k, v, self.config.unit, size, self.mode == "offload")
+        self.lengths, self._floors = [0] * k.shape[0], [0] * k.shape[0]
 
     def _first(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, calibration: Tensor, counts: tuple[int, ...]
@@ -204,133 +187,77 @@ class BlockCache:
         return o
 
     def _fill(self, k: Tensor, v: Tensor, counts: Sequence[int]) -> None:
+        """Take in the first tokens of each row, keys [B, H, T, D] and values [B, H, T, Dv]."""
+        assert self._own is not None
         size = self.config.block_size
         blocks = [count // size for count in counts]
-        for start in range(0, max(blocks), _SUMMARISED):
-            span = slice(start * size, min(start + _SUMMARISED, max(blocks)) * size)
+        for start in range(0, max(blocks), SUMMARISED):
+            span = slice(start * size, min(start + SUMMARISED, max(blocks)) * size)
             self._finish(slice(None), start, k[:, :, span], v[:, :, span], blocks)
         for row, count in enumerate(counts):
             for block in {max(0, blocks[row] - 1), blocks[row]}:
-                self._keep_own(row, block, *(x[row, :, block * size : min(count, (block + 1) * size)] for x in (k, v)))
+                span = slice(block * size, min(count, (block + 1) * size))
+                self._own.put(row, block, k[row, :, span], v[row, :, span])
         self.lengths, self._floors = list(counts), [max(0, block - 1) for block in blocks]
 
-    def _keep_own(self, row: int, block: int, k: Tensor, v: Tensor) -> None:
-        start = block % 2 * self.config.block_size
-        self._tensors["own_k"][row, :, start : start + k.shape[1]] = k
-        self._tensors["own_v"][row, :, start : start + k.shape[1]] = v
-
     def _finish(self, rows: slice, block: int, k: Tensor, v: Tensor, blocks: Sequence[int]) -> None:
-        """Summarise finished local blocks and keep their keys and values.
-
-        Args:
-            rows: rows they belong to.
-            block: number of the first.
-            k: [R, H, n * block_size, D]; v: [R, H, n * block_size, Dv].
-            blocks: finished local blocks that each row then has; those after them are padding.
-        """
-        config, per_block = self.config, self.config.block_size // self.config.unit
+        """Keep finished local blocks, the first of them number `block`, as `RunningSummaries.add` takes them."""
+        assert self._summaries is not None
         if self._store is not None:
-            self._store.write(rows, block * config.block_size, k, v)
-        if "meta" not in self._tensors:
-            return
-        found = summarize(k, v, config.unit)
-        meta = torch.cat([found.mean_k, found.var_k], -1) if config.far == "moments" else found.mean_k
-        span = slice(block * per_block, block * per_block + meta.shape[2])
-        for name, value in (("meta", meta), ("mean_v", found.mean_v)):
-            if name in self._tensors:
-                self._tensors[name] = with_room(self._tensors[name], span.stop, per_block)
-                self._tensors[name][rows, :, span] = value
-        if "states" in self._tensors:
-            self._add_states(rows, block, found.states.unflatten(2, (-1, per_block)).sum(3), blocks)
-
-    def _add_states(self, rows: slice, block: int, states: Tensor, blocks: Sequence[int]) -> None:
-        """Add states of local blocks, [R, H, n, D, Dv], to the sums that each row's own and last block read."""
-        sums = self._tensors["states"][rows]
-        if states.shape[2] == 1 and min(blocks) == block + 1:  # decoding: the next block's sum is this one's and one
-            torch.add(sums[:, :, block % 2], states[:, :, 0], out=sums[:, :, (block + 1) % 2])
-            return
-        number = torch.arange(block, block + states.shape[2], device=states.device)
-        count = row_numbers(tuple(blocks), states.device)
-        for back in (0, 1):
-            counted = (number < (count - back)[:, None]).to(states.dtype)
-            part = torch.einsum("bn,bhndv->bhdv", counted, states)
-            for row, own in enumerate(blocks):
-                sums[row, :, (own - back) % 2] += part[row]
+            self._store.write(rows, block * self.config.block_size, k, v)
+        self._summaries.add(rows, block, k, v, blocks)
 
     def _rebuild(self, row: int, block: int) -> None:
         """Make a finished local block, and those before it, what the row ends with."""
+        assert self._own is not None
+        assert self._summaries is not None
         assert self._store is not None
         size = self.config.block_size
-        self._floors[row] = max(0, block - 1)
         k, v = (x[row] for x in self._store.prefix((block + 1) * size))
         for number in {max(0, block - 1), block}:
-            self._keep_own(row, number, *(x[:, number * size : (number + 1) * size] for x in (k, v)))
-        if "states" in self._tensors:
-            self._tensors["states"][row].zero_()
-            for start in range(0, block, _SUMMARISED):
-                span = slice(start * size, min(start + _SUMMARISED, block) * size)
-                found = summarize(k[None, :, span], v[None, :, span], self.config.unit).states
-                states = found.unflatten(2, (-1, size // self.config.unit)).sum(3)
-                self._add_states(slice(row, row + 1), start, states, [block])
+            span = slice(number * size, (number + 1) * size)
+            self._own.put(row, number, k[:, span], v[:, span])
+        self._summaries.sum_again(row, block, k, v)
+        self._floors[row] = max(0, block - 1)
 
     def _piece(
         self, piece: Piece, q: Tensor, k: Tensor, v: Tensor, o: Tensor, scale: float, calibration: Tensor
     ) -> None:
         """Add the tokens of a piece, attend from them, and finish the blocks they complete."""
-        size, steps = self.config.block_size, piece.stop - piece.start
+        assert self._own is not None
+        assert self._summaries is not None
         every = len(piece.rows) == len(self.lengths)
         rows = None if every else row_numbers(piece.rows, q.device)
         new = [x[:, piece.start : piece.stop] if rows is None else x[rows, piece.start : piece.stop] for x in (q, k, v)]
-        own_k, own_v, unseen = self._own(piece, rows, new[1], new[2])
         heads = k.shape[2]
+        own_k, own_v, unseen = self._own.add(piece, rows, new[1], new[2])
         folded_q = new[0].unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # [Z, G, S, D]
         own = own_k.flatten(0, 1), own_v.flatten(0, 1), unseen
         if piece.dense:
             before = self._before(piece, rows, own_k, own_v)
             part = decode_exact(folded_q, *before, *own, calibration.dtype, scale)
         else:
+            past = Past(*self._summaries.before(piece, rows), self._fetch(rows, heads))
             scalars = calibration.repeat(len(piece.rows), 1, 1)
-            part = decode_attention(folded_q, *own, self._past(piece, rows, heads), self.config, scalars, scale)
+            part = decode_attention(folded_q, *own, past, self.config, scalars, scale)
         part = part.to(o.dtype).unflatten(0, (-1, heads)).permute(0, 3, 1, 2, 4).flatten(2, 3)
         o[slice(None) if rows is None else rows, piece.start : piece.stop] = part
         for index, row in enumerate(piece.rows):
-            self.lengths[row] = piece.places[index] + steps
+            self.lengths[row] = piece.places[index] + piece.stop - piece.start
+        self._finish_full(piece, own_k, own_v)
+
+    def _finish_full(self, piece: Piece, own_k: Tensor, own_v: Tensor) -> None:
+        """Finish the own blocks [R, H, block_size, D] that a piece has filled."""
+        size, together = self.config.block_size, piece.even and len(piece.rows) == len(self.lengths)
         finished = [index for index, row in enumerate(piece.rows) if self.lengths[row] % size == 0]
         for index in finished:
             row = piece.rows[index]
             self._floors[row] = block = self.lengths[row] // size - 1
-            if not (every and piece.even):
+            if not together:
                 one = slice(index, index + 1)
                 self._finish(slice(row, row + 1), block, own_k[one], own_v[one], [block + 1])
-        if finished and every and piece.even:
+        if finished and together:
             self._finish(slice(None), block, own_k, own_v, [block + 1] * len(finished))
-
-    def _own(self, piece: Piece, rows: Tensor | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Add keys and values [R, S, H, D] to their rows' own blocks; return these [R, H, W, D], and what of them a
-        query may not see, [Z or 1, S, W]."""
-        size, steps = self.config.block_size, k.shape[1]
-        tensors = (self._tensors["own_k"], k), (self._tensors["own_v"], v)
-        place = [start % size for start in piece.places]
-        width = max(place) + steps
-        if piece.even:
-            half = piece.places[0] // size % 2 * size
-            for own, new in tensors:
-                into = slice(half + place[0], half + width)
-                own[slice(None) if rows is None else rows, :, into] = new.transpose(1, 2)
-            found = [own[:, :, half : half + width] for own, _ in tensors]
-            if rows is not None:
-                found = [x[rows] for x in found]
-            unseen = None if steps == 1 else _later(steps, width, k.device)
-            return found[0], found[1], unseen
-        number = row_numbers(piece.rows, k.device)[:, None]
-        starts = row_numbers(piece.places, k.device)[:, None]
-        step, key = torch.arange(steps, device=k.device), torch.arange(width, device=k.device)
-        halves = starts // size % 2 * size
-        for own, new in tensors:
-            own[number, :, halves + starts % size + step] = new
-        found = [own[number, :, halves + key].transpose(1, 2) for own, _ in tensors]
-        unseen = key > (starts % size + step)[..., None]
-        return found[0], found[1], unseen.repeat_interleave(k.shape[2], 0)
 
     def _before(
         self, piece: Piece, rows: Tensor | None, own_k: Tensor, own_v: Tensor
@@ -347,42 +274,11 @@ class BlockCache:
             absent = (torch.arange(max(stops), device=k.device) >= stop).repeat_interleave(k.shape[1], 0)
         return k.flatten(0, 1), v.flatten(0, 1), absent
 
-    def _past(self, piece: Piece, rows: Tensor | None, heads: int) -> Past:
-        """What the blocks before the rows' own are known by."""
-        config, tensors = self.config, self._tensors
-        per_block = config.block_size // config.unit
-        blocks = [start // config.block_size for start in piece.places]
-        count = max(blocks) * per_block
-
-        def taken(name: str, length: int) -> Tensor | None:
-            if name not in tensors or not count:
-                return None
-            x = tensors[name][:, :, :length]
-            return (x if rows is None else x[rows]).flatten(0, 1)
-
-        absent = None
-        if not piece.even and count:
-            own = row_numbers(tuple(blocks), q_device := tensors["own_k"].device)[:, None] * per_block
-            absent = (torch.arange(count, device=q_device) >= own).repeat_interleave(heads, 0)
-        state = None
-        if "states" in tensors and count:
-            sums = tensors["states"] if rows is None else tensors["states"][rows]
-            if piece.even:
-                state = (sums[:, :, blocks[0] % 2] / count).flatten(0, 1)
-            else:
-                own = row_numbers(tuple(blocks), sums.device)
-                counts = (own * per_block).clamp(min=1)[:, None, None, None]
-                state = (sums[torch.arange(len(own), device=sums.device), :, own % 2] / counts).flatten(0, 1)
+    def _fetch(self, rows: Tensor | None, heads: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Read blocks of these rows, whose key heads are counted from the first of them."""
 
         def fetch(head: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
             assert self._store is not None
-            if rows is not None:
-                head = rows[head // heads] * heads + head % heads
-            return self._store.fetch(head, block)
+            return self._store.fetch(head if rows is None else rows[head // heads] * heads + head % heads, block)
 
-        return Past(taken("meta", count), taken("mean_v", count), state, absent, fetch)
-
-
-def _later(steps: int, width: int, device: torch.device) -> Tensor:
-    """True where a key comes after a query, the last of which is at the last key, [1, steps, width]."""
-    return torch.ones(1, steps, width, dtype=torch.bool, device=device).triu_(width - steps + 1)
+        return fetch

@@ -39,8 +39,8 @@ class Store:
     """Keys and values by retrieval block, written by whole local blocks.
 
     Args:
-        k: keys whose rows, heads, width, dtype and device the store takes, [B, H, 0, D].
-        v: values, [B, H, 0, Dv].
+        k: keys whose rows, heads, width, dtype and device are taken, [B, T, H, D].
+        v: values, [B, T, H, Dv].
         unit: tokens of a retrieval block.
         block_size: tokens of a local block.
         on_host: keep them in the host's memory (pinned where there is a GPU) and send what is read to the device.
@@ -52,7 +52,7 @@ class Store:
         pin = place != k.device
         with torch.inference_mode(False):
             self.k, self.v = (
-                torch.zeros(*x.shape[:2], block_size, x.shape[3], dtype=x.dtype, device=place, pin_memory=pin)
+                torch.zeros(x.shape[0], x.shape[2], block_size, x.shape[3], dtype=x.dtype, device=place, pin_memory=pin)
                 for x in (k, v)
             )
 
