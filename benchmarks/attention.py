@@ -29,7 +29,7 @@ from bsbr.evaluation.speed import (
 )
 from bsbr.evaluation.statistics import Estimate
 from bsbr.files import write_json
-from bsbr.ops import bsbr_attention, reference_attention
+from bsbr.ops import bsbr_attention, reference_attention, resolve_backend
 from bsbr.ops.schedule import dense_until
 
 HEADS, WIDTH = 12, 64
@@ -156,6 +156,7 @@ def _header(config: BSBRConfig, settings: SpeedSettings) -> dict[str, Any]:
         "command": [without_folders(word) for word in sys.argv],
         "code": code_versions(),
         "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads(), "device": "cpu", "dtype": "float32"},
+        "backend": resolve_backend("auto", *draw(1)[:3], config)[0],
         "config": config.to_dict(),
         "protocol": {
             "shape": ["1", "T", str(HEADS), str(WIDTH)],

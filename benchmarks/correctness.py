@@ -1,4 +1,4 @@
-"""The chunked attention against the float64 reference on random shapes and settings, values and gradients.
+"""The chunked and the native attention against the float64 reference: random shapes and settings, values and gradients.
 
 python -m benchmarks.correctness --cases 2000
 """
@@ -17,18 +17,24 @@ from tests.ops.cases import error_bound, random_case
 import bsbr
 from bsbr.files import write_json
 from bsbr.ops import bsbr_attention, reference_attention
+from bsbr.ops.native.forward import why_not_native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CONTENDERS = {str(dtype).removeprefix("torch."): ("chunked", dtype) for dtype in DTYPES} | {
+    "float32, native": ("native", torch.float32)
+}
 LARGEST_GRADIENT_ERROR = 1e-10
 """Of float64 gradients, relative to 1 + the largest gradient."""
 
 
-def value_ratio(case, dtype: torch.dtype) -> float:
-    """Largest error of the outputs as a multiple of the forward-error bound."""
+def value_ratio(case, backend: str, dtype: torch.dtype) -> float:
+    """Largest error of the outputs as a multiple of the forward-error bound; 0 for what a backend does not compute."""
     q, k, v = case.tensors(dtype)
+    if backend == "native" and why_not_native(q, case.config):
+        return 0.0
     options = {**case.options, "calibration": case.calibration}
     expected, _, chosen = reference_attention(q, k, v, case.config, **options)
-    actual = bsbr_attention(q, k, v, case.config, **options, block_indices=chosen)
+    actual = bsbr_attention(q, k, v, case.config, **options, block_indices=chosen, backend=backend)
     ratio = (actual.double() - expected).abs() / error_bound(case, q, k, v, chosen)
     return float(ratio.nan_to_num(nan=torch.inf).max())
 
@@ -52,13 +58,13 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=2000)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/correctness.json"))
     args = parser.parse_args()
-    worst = {str(dtype).removeprefix("torch."): (0.0, -1) for dtype in DTYPES}
+    worst = dict.fromkeys(CONTENDERS, (0.0, -1))
     worst_gradient, beyond, kinds = (0.0, -1), [], Counter()
     for seed in track(range(args.cases), "cases", console=Console(stderr=True)):
         case = random_case(seed)
         kinds[f"far={case.config.far} state={case.config.state}"] += 1
-        for dtype in DTYPES:
-            name, ratio = str(dtype).removeprefix("torch."), value_ratio(case, dtype)
+        for name, contender in CONTENDERS.items():
+            ratio = value_ratio(case, *contender)
             worst[name] = max(worst[name], (ratio, seed))
             if ratio > 1:
                 beyond.append({"seed": seed, "dtype": name, "ratio": ratio})

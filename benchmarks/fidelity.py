@@ -94,6 +94,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--windows", type=int, default=3, help="windows of each document")
     parser.add_argument("--calibration-tokens", type=int, default=32768)
+    parser.add_argument("--calibration-queries", type=int, default=512, help="sampled queries of each head")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, required=True)
@@ -136,7 +137,12 @@ def main() -> None:
     if sum(map(bool, windows)) < 2:
         raise UserError(f"{args.text.name}: two documents of {args.length} tokens are needed. Lower --length")
     config, models = make_models(original, args)
-    chosen = {"tokens": args.calibration_tokens, "length": args.length, "seed": args.seed}
+    chosen = {
+        "tokens": args.calibration_tokens,
+        "queries_per_head": args.calibration_queries,
+        "length": args.length,
+        "seed": args.seed,
+    }
     start = time.perf_counter()
     calibrate(models["converted"], calibration_text, tokenizer=tokenizer, progress=True, **chosen)
     calibration_s = time.perf_counter() - start

@@ -14,14 +14,18 @@ if TYPE_CHECKING:
     from bsbr.hf.convert import convert, revert
     from bsbr.ops import bsbr_attention
     from bsbr.training.calibrate import calibrate
+    from bsbr.training.finetune import finetune
+    from bsbr.training.finetune_recipe import FinetuneConfig
 
-__all__ = ["BSBRConfig", "bsbr_attention", "calibrate", "convert", "revert"]
+__all__ = ["BSBRConfig", "FinetuneConfig", "bsbr_attention", "calibrate", "convert", "finetune", "revert"]
 __version__ = "0.1.0"
 
 _LAZY = {
+    "FinetuneConfig": "bsbr.training.finetune_recipe",
     "bsbr_attention": "bsbr.ops",
     "calibrate": "bsbr.training.calibrate",
     "convert": "bsbr.hf.convert",
+    "finetune": "bsbr.training.finetune",
     "revert": "bsbr.hf.convert",
 }
 """Where to find what is imported only when asked for."""

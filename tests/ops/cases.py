@@ -4,13 +4,22 @@ import math
 import random
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from torch import Tensor
 
 from bsbr.config import BSBRConfig
 from bsbr.ops import reference_attention
+from bsbr.ops.native.forward import why_not_native
 
 EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+
+
+def skip_unless_able(backend: str, q: Tensor, config: BSBRConfig) -> None:
+    """Skip a test of the native backend, with its reason, where it cannot compute the call."""
+    obstacle = why_not_native(q, config) if backend == "native" else ""
+    if obstacle:
+        pytest.skip(obstacle)
 
 
 @dataclass

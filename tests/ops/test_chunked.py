@@ -5,7 +5,7 @@ import torch
 
 from bsbr.config import BSBRConfig
 from bsbr.ops import bsbr_attention, reference_attention
-from tests.ops.cases import error_bound, random_case
+from tests.ops.cases import error_bound, random_case, skip_unless_able
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -15,7 +15,7 @@ def test_values_stay_within_the_forward_error_bound(dtype):
         q, k, v = case.tensors(dtype)
         options = {**case.options, "calibration": case.calibration}
         expected, _, chosen = reference_attention(q, k, v, case.config, **options)
-        actual = bsbr_attention(q, k, v, case.config, **options, block_indices=chosen)
+        actual = bsbr_attention(q, k, v, case.config, **options, block_indices=chosen, backend="chunked")
         excess = (actual.double() - expected).abs() / error_bound(case, q, k, v, chosen)
         assert excess.max() <= 1, f"case {seed}: {excess.max():.3g} times the bound, {case.config}"
 
@@ -110,15 +110,17 @@ def test_dropout_keeps_the_mean_and_repeats_in_the_backward_pass():
     torch.testing.assert_close(dv.sum(), o.sum())
 
 
+@pytest.mark.parametrize("backend", ["chunked", "native"])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_threads_do_not_change_a_bit(threads):
+def test_threads_do_not_change_a_bit(threads, backend):
     generator = torch.Generator().manual_seed(4)
     q, k, v = (torch.randn(2, 600, 4, 16, generator=generator) for _ in range(3))
     config, before = BSBRConfig(dense_below=0, block_size=32, top_k=2), torch.get_num_threads()
-    alone = bsbr_attention(q[:1], k[:1], v[:1], config)
+    skip_unless_able(backend, q, config)
+    alone = bsbr_attention(q[:1], k[:1], v[:1], config, backend=backend)
     try:
         torch.set_num_threads(threads)
-        together = bsbr_attention(q, k, v, config)
+        together = bsbr_attention(q, k, v, config, backend=backend)
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)

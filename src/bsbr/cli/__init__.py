@@ -6,12 +6,13 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from bsbr.cli import benchmark, convert, evaluate, generate, pretrain, report
+from bsbr.cli import benchmark, convert, evaluate, finetune, generate, pretrain, report
 from bsbr.errors import UserError
 
 COMMANDS = {
     "evaluate": evaluate,
     "convert": convert,
+    "finetune": finetune,
     "generate": generate,
     "benchmark": benchmark,
     "report": report,

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bsbr.data.text import SEPARATOR
+from bsbr.data.text import SEPARATOR, split_documents
 from bsbr.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 ENDOFTEXT_ID = 0
 _BYTE_TOKENS = 256
@@ -104,6 +104,23 @@ def encode_documents(tokenizer: "PreTrainedTokenizerFast", documents: Sequence[s
         for encoding in backend.encode_batch_fast(batch, add_special_tokens=False):
             parts += [separator, np.array(encoding.ids, dtype=dtype)]
     return np.concatenate(parts) if parts else np.empty(0, dtype=dtype)
+
+
+def pack_documents(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Encode the documents of a text with any tokenizer into one stream, its end-of-text token between them.
+
+    Args:
+        text: documents separated by lines `<|endoftext|>`.
+        tokenizer: any of transformers.
+    Returns:
+        Token ids.
+    """
+    ids: list[int] = []
+    for document in split_documents(text):
+        if ids and tokenizer.eos_token_id is not None:
+            ids.append(tokenizer.eos_token_id)
+        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def token_byte_lengths(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:

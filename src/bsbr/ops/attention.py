@@ -1,38 +1,59 @@
 """The attention as one function of tensors: checks, padding and the choice of backend."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from bsbr.config import BSBRConfig
 from bsbr.ops.chunked import chunked_attention
+from bsbr.ops.native.forward import why_not_native
 from bsbr.ops.reference import reference_attention
 from bsbr.ops.summaries import UNCALIBRATED
 from bsbr.ops.tiles import Dropout
+from bsbr.ops.triton.problem import why_not_triton
 
-Backend = Literal["auto", "reference", "chunked"]
+Backend = Literal["auto", "reference", "chunked", "native", "triton"]
 
 
-def resolve_backend(backend: Backend) -> tuple[str, str]:
-    """Say which backend a request means, and why.
+def resolve_backend(
+    backend: Backend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: BSBRConfig,
+    *,
+    q_start: int = 0,
+    dropout_p: float = 0.0,
+) -> tuple[str, str]:
+    """Say which backend computes a call, and why.
 
     Args:
         backend: a backend's name, or "auto".
+        q, k, v, config, q_start, dropout_p: as given to `bsbr_attention`.
     Returns:
         The name of the backend, and the reason in a few words.
     Raises:
-        ValueError: no such backend.
+        ValueError: no such backend, or one asked for by name that cannot compute the call.
 
     Example:
-        >>> resolve_backend("auto")
-        ('chunked', 'the fastest backend that runs on every device')
+        >>> x = torch.zeros(1, 9, 2, 8, dtype=torch.float64)
+        >>> resolve_backend("auto", x, x, x, BSBRConfig())
+        ('chunked', 'native code computes float32 on a CPU')
     """
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
+    if backend in ("reference", "chunked"):
+        return backend, "asked for by name"
+    on_gpu = q.is_cuda if backend == "auto" else backend == "triton"  # interpreted kernels are for those who ask
+    name, best = ("triton", "the fastest on a GPU") if on_gpu else ("native", "the fastest on a CPU")
+    of_call = (q, k, v, config, q_start, dropout_p)
+    obstacle = why_not_triton(*of_call) if on_gpu else why_not_native(q, config, dropout_p)
     if backend == "auto":
-        return "chunked", "the fastest backend that runs on every device"
-    if backend not in ("reference", "chunked"):
-        raise ValueError(f"backend must be auto, reference or chunked, got {backend!r}")
-    return backend, "asked for by name"
+        return ("chunked", obstacle) if obstacle else (name, best)
+    if obstacle:
+        raise ValueError(f'backend="{name}" cannot compute this, {obstacle}: use "auto" or "chunked"')
+    return name, "asked for by name"
 
 
 def bsbr_attention(
@@ -74,7 +95,8 @@ def bsbr_attention(
         block_indices: blocks to read instead of those of largest mass, [B, Tq, HQ, top_k], ascending;
             padded with -1 where fewer are past.
         dropout_p: probability of dropping an attention weight, as in training; not for "reference".
-        backend: "auto", "chunked" (linear memory, any device) or "reference" (float64, quadratic).
+        backend: "auto", "triton" (kernels for NVIDIA GPUs), "native" (compiled C: CPU, float32), "chunked" (linear
+            memory, any device) or "reference" (float64, quadratic).
         return_lse: return the log-sum-exp too.
     Returns:
         o [B, Tq, HQ, Dv] in the dtype of q, 0 for padded queries; and, if asked for, lse [B, Tq, HQ], natural log,
@@ -88,7 +110,7 @@ def bsbr_attention(
         torch.Size([1, 300, 4, 16])
     """
     _check(q, k, v, config, q_start, lengths, calibration, block_indices)
-    name, _ = resolve_backend(backend)
+    name, _ = resolve_backend(backend, q, k, v, config, q_start=q_start, dropout_p=dropout_p)
     wide = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if name == "reference":
@@ -104,12 +126,21 @@ def bsbr_attention(
         k, v = (x.masked_fill(padded[:, :, None, None], 0) for x in (k, v))
         q = q.masked_fill(padded[:, q_start:, None, None], 0)
     if calibration is None:
-        calibration = q.new_tensor(UNCALIBRATED, dtype=wide).expand(q.shape[2], 5)
-    seed = int(torch.randint(1 << 31, ())) if dropout_p else 0
-    o, lse = chunked_attention(
-        q, k, v, config, scale=scale, q_start=q_start, calibration=calibration.to(wide),
-        block_indices=block_indices, dropout=Dropout(dropout_p, seed),
-    )  # fmt: skip
+        # filled on the device: a copy from the host would not fit into a CUDA graph
+        calibration = torch.stack([q.new_full((), x, dtype=wide) for x in UNCALIBRATED]).expand(q.shape[2], 5)
+    calibration = calibration.to(wide)
+    if name == "triton":
+        from bsbr.ops.triton.operator import triton_attention  # triton is imported only where it is used
+
+        o, lse = triton_attention(
+            q, k, v, config, scale=scale, q_start=q_start, calibration=calibration, block_indices=block_indices
+        )
+    else:
+        seed = int(torch.randint(1 << 31, ())) if dropout_p else 0
+        o, lse = chunked_attention(
+            q, k, v, config, scale=scale, q_start=q_start, calibration=calibration, block_indices=block_indices,
+            dropout=Dropout(dropout_p, seed), native=name == "native",
+        )  # fmt: skip
     if lengths is not None:
         outside = padded[:, q_start:, None]
         o, lse = o.masked_fill(outside[..., None], 0), lse.masked_fill(outside, -torch.inf)

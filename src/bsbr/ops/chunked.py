@@ -12,7 +12,8 @@ from torch import Tensor
 from bsbr.config import BSBRConfig
 from bsbr.ops import far, retrieved
 from bsbr.ops.exponentials import exp_
-from bsbr.ops.groups import Group, by_head, each_group, take_heads
+from bsbr.ops.groups import Group, by_head, cut_heads, each_group, take_heads
+from bsbr.ops.native.forward import native_forward
 from bsbr.ops.routing import select_blocks
 from bsbr.ops.schedule import Plan, Segment
 from bsbr.ops.summaries import summarize
@@ -34,6 +35,7 @@ def chunked_attention(
     calibration: Tensor,
     block_indices: Tensor | None,
     dropout: Dropout,
+    native: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute the attention of `reference_attention` in memory linear in the number of tokens.
 
@@ -50,38 +52,32 @@ def chunked_attention(
         calibration: [HQ, 5], in float32 or better.
         block_indices: selection to use, [B, Tq, HQ, top_k], or None to choose here.
         dropout: dropout of the attention weights, not of the far field's.
+        native: leave the forward pass to the C code (`bsbr.ops.native`).
     Returns:
         o [B, Tq, HQ, Dv], and lse [B, Tq, HQ] in float32 or better.
     """
     plan = Plan(config, scale, q_start, q.shape[1], dropout)
-    return _Chunked.apply(plan, block_indices, q, k, v, calibration)
+    return _Chunked.apply(plan, native, block_indices, q, k, v, calibration)
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, plan: Plan, block_indices: Tensor | None, q: Tensor, k: Tensor, v: Tensor, calibration: Tensor
+        ctx: Any,
+        plan: Plan,
+        native: bool,
+        block_indices: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        calibration: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        o = q.new_empty(*q.shape[:3], v.shape[3])
-        lse = q.new_empty(q.shape[:3], dtype=calibration.dtype)
-        dense = plan.num_dense
-
-        def work(index: int, group: Group) -> Tensor:
-            own = _with_stream(plan, index)
-            part = take_heads(group, q, k, v, calibration)
-            given = None
-            if block_indices is not None:
-                given = by_head(block_indices, k)[group].flatten(0, 1).mT[..., dense:]
-            own_o, own_lse = by_head(o, k)[group], by_head(lse, k)[group]
-            part_o, part_lse = _forward_dense(own, *part[:3])
-            own_o[..., :dense, :] = part_o.view_as(own_o[..., :dense, :])
-            own_lse[..., :dense] = part_lse.view_as(own_lse[..., :dense])
-            part_o, part_lse, chosen = _forward_sparse(own, *part, given)
-            own_o[..., dense:, :] = part_o.view_as(own_o[..., dense:, :])
-            own_lse[..., dense:] = part_lse.view_as(own_lse[..., dense:])
-            return chosen
-
-        chosen = each_group(work, q, k)
+        if native:
+            o, lse, every = native_forward(plan, q, k, v, calibration, block_indices)
+            every = every.unflatten(1, (k.shape[2], -1))
+            chosen = [every[group].flatten(0, 1) for group in cut_heads(q, k)]
+        else:
+            o, lse, chosen = _forward(plan, block_indices, q, k, v, calibration)
         ctx.plan = plan
         ctx.save_for_backward(q, k, v, calibration, o, lse, *chosen)
         ctx.mark_non_differentiable(lse)
@@ -106,7 +102,33 @@ class _Chunked(torch.autograd.Function):
         dcalibration = torch.zeros_like(calibration)
         for heads, scalars in each_group(work, q, k):
             dcalibration.unflatten(0, (k.shape[2], -1))[heads] += scalars
-        return None, None, dq, dk, dv, dcalibration
+        return None, None, None, dq, dk, dv, dcalibration
+
+
+def _forward(
+    plan: Plan, block_indices: Tensor | None, q: Tensor, k: Tensor, v: Tensor, calibration: Tensor
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Output and log-sum-exp of all queries, and of each group of heads the choice of blocks [Z, G, top_k, S]."""
+    o = q.new_empty(*q.shape[:3], v.shape[3])
+    lse = q.new_empty(q.shape[:3], dtype=calibration.dtype)
+    dense = plan.num_dense
+
+    def work(index: int, group: Group) -> Tensor:
+        own = _with_stream(plan, index)
+        part = take_heads(group, q, k, v, calibration)
+        given = None
+        if block_indices is not None:
+            given = by_head(block_indices, k)[group].flatten(0, 1).mT[..., dense:]
+        own_o, own_lse = by_head(o, k)[group], by_head(lse, k)[group]
+        part_o, part_lse = _forward_dense(own, *part[:3])
+        own_o[..., :dense, :] = part_o.view_as(own_o[..., :dense, :])
+        own_lse[..., :dense] = part_lse.view_as(own_lse[..., :dense])
+        part_o, part_lse, chosen = _forward_sparse(own, *part, given)
+        own_o[..., dense:, :] = part_o.view_as(own_o[..., dense:, :])
+        own_lse[..., dense:] = part_lse.view_as(own_lse[..., dense:])
+        return chosen
+
+    return o, lse, each_group(work, q, k)
 
 
 def _with_stream(plan: Plan, group: int) -> Plan:

@@ -40,6 +40,22 @@ def head_groups(batch: int, key_heads: int, rows_per_head: int, workers: int) ->
     ]
 
 
+def cut_heads(q: Tensor, k: Tensor) -> list[Group]:
+    """Return the groups of heads of a call, enough for every thread on a CPU.
+
+    Args:
+        q: queries, [B, Tq, HQ, D].
+        k: keys, [B, T, H, D].
+    Returns:
+        (rows, key heads) of each group.
+
+    Example:
+        >>> cut_heads(torch.zeros(1, 40000, 4, 8), torch.zeros(1, 40000, 2, 8))
+        [(slice(0, 1, None), slice(0, 1, None)), (slice(0, 1, None), slice(1, 2, None))]
+    """
+    return head_groups(k.shape[0], k.shape[2], q.shape[2] // k.shape[2] * q.shape[1], _threads(q))
+
+
 def each_group(work: Callable[[int, Group], Result], q: Tensor, k: Tensor) -> list[Result]:
     """Run `work` for each group of heads: on a CPU in parallel, one thread each.
 
@@ -63,8 +79,7 @@ def each_group(work: Callable[[int, Group], Result], q: Tensor, k: Tensor) -> li
         ):
             return work(index, group)
 
-    threads = torch.get_num_threads() if q.device.type == "cpu" else 1
-    groups = head_groups(k.shape[0], k.shape[2], q.shape[2] // k.shape[2] * q.shape[1], threads)
+    threads, groups = _threads(q), cut_heads(q, k)
     if threads == 1 or len(groups) == 1:
         return [quietly(index, group) for index, group in enumerate(groups)]
     torch.set_num_threads(1)
@@ -73,6 +88,10 @@ def each_group(work: Callable[[int, Group], Result], q: Tensor, k: Tensor) -> li
             return list(pool.map(quietly, range(len(groups)), groups))
     finally:
         torch.set_num_threads(threads)
+
+
+def _threads(q: Tensor) -> int:
+    return torch.get_num_threads() if q.device.type == "cpu" else 1
 
 
 def by_head(x: Tensor, k: Tensor) -> Tensor:

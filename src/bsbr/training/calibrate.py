@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from bsbr.config import BSBRConfig
-from bsbr.data.text import split_documents
+from bsbr.data.tokenizer import pack_documents
 from bsbr.errors import UserError
 from bsbr.hf.attention import NAME
 from bsbr.hf.mixers import read_settings
@@ -182,21 +182,12 @@ def _windows(given: Tensor | str, tokenizer: PreTrainedTokenizerBase | None, tok
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> Tensor:
     """Token ids of the whole of a short text, [1, T], or of `count` places in a long one, [count, length]."""
     if len(text) <= _CHARACTERS * count * length:
-        return torch.tensor([_encode_documents(text, tokenizer)])
+        return torch.tensor([pack_documents(text, tokenizer)])
     room = _CHARACTERS * length
     starts = [i * (len(text) - room) // count for i in range(count)]
-    parts = [_encode_documents(text[start : start + room], tokenizer)[:length] for start in starts]
+    parts = [pack_documents(text[start : start + room], tokenizer)[:length] for start in starts]
     longest = max(len(part) for part in parts)
     return torch.tensor([part for part in parts if len(part) == longest])
-
-
-def _encode_documents(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    ids: list[int] = []
-    for document in split_documents(text):
-        if ids and tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)
-        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
 
 
 @contextmanager

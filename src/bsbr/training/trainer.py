@@ -80,7 +80,7 @@ class Trainer:
             KeyboardInterrupt: after a checkpoint has been written.
         """
         config = self.config
-        with _deferred_interrupt() as interrupted:
+        with deferred_interrupt() as interrupted:
             while self.step < self._total:
                 begun, first = time.monotonic(), self.step
                 marks = (self._per_read, config.val_interval, config.checkpoint_interval)
@@ -189,7 +189,7 @@ class Trainer:
 
 
 @contextmanager
-def _deferred_interrupt() -> Iterator[threading.Event]:
+def deferred_interrupt() -> Iterator[threading.Event]:
     """Turn the first Ctrl-C into an event, so that training stops between steps; a second stops at once."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():

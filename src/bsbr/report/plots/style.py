@@ -44,7 +44,7 @@ _MARKS: dict[str, str] = {
 _DASHES: dict[str, Any] = {"converted_sparse": (0, (4, 2)), "value_only": (0, (1.2, 1.6))}
 _SPARE_COLOURS = ("#7a5195", "#8c6d31", "#1b7837", "#aa3377")
 
-_RC: Any = {
+RC: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "text.parse_math": False,
@@ -85,7 +85,7 @@ def styled(draw: Callable[[Results], Figure | None]) -> Callable[[Results], byte
 
     @wraps(draw)
     def drawn(results: Results) -> bytes | None:
-        with matplotlib.rc_context(_RC):
+        with matplotlib.rc_context(RC):
             figure = draw(results)
             if figure is None:
                 return None

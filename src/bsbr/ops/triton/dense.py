@@ -1,0 +1,60 @@
+"""The queries that read their whole past: PyTorch's own kernels."""
+
+import torch
+from torch import Tensor
+
+from bsbr.ops.tiles import attend, attend_backward
+
+
+def attend_prefix(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Causal attention of the first tokens, [B, P, heads, D]; returns o in that layout and lse [B, P, HQ]."""
+    if _has_flash(q) and q.shape[3] <= 128 and torch.cuda.get_device_capability(q.device)[0] == 9:
+        # twice as fast as the next one on Hopper; the backward pass of the next one takes what it saves
+        o, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            *_heads_first(q, k, v), None, True, 0.0, True, scale=scale
+        )[:2]  # fmt: skip
+        return o.transpose(1, 2), lse.view(q.shape[0], q.shape[2], -1).transpose(1, 2)
+    if _has_flash(q):
+        o, lse = torch.ops.aten._scaled_dot_product_flash_attention(
+            *_heads_first(q, k, v), 0.0, True, scale=scale
+        )[:2]  # fmt: skip
+        return o.transpose(1, 2), lse.transpose(1, 2)
+    o, lse = attend(*_by_key_head(q, k, v), scale, 0)
+    return _back(o, q), _back(lse, q)
+
+
+def prefix_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v of `attend_prefix`, in its layout."""
+    if _has_flash(q):
+        length, unused = q.shape[1], torch.zeros(2, dtype=torch.uint64, device=q.device)
+        own_lse = lse.transpose(1, 2).contiguous()
+        gradients = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            *_heads_first(do, q, k, v, o), own_lse, None, None, length, length, 0.0, True, unused, unused[0],
+            scale=scale,
+        )  # fmt: skip
+        return tuple(x.transpose(1, 2) for x in gradients)  # type: ignore[return-value]
+    folded_q, folded_k, folded_v = _by_key_head(q, k, v)
+    folded_do, folded_o, folded_lse = (_by_key_head(x, k, v)[0] for x in (do, o, lse))
+    dq, dk, dv = attend_backward(folded_do, folded_q, folded_k, folded_v, folded_o, folded_lse, scale, 0)
+    return _back(dq, q), *(x.unflatten(0, (k.shape[0], -1)).transpose(1, 2) for x in (dk, dv))
+
+
+def _has_flash(q: Tensor) -> bool:
+    return q.is_cuda and q.element_size() == 2
+
+
+def _heads_first(*tensors: Tensor) -> list[Tensor]:
+    return [x.transpose(1, 2) for x in tensors]
+
+
+def _by_key_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q [Z, G, P, ...], k and v [Z, P, D]."""
+    folded = q.unflatten(2, (k.shape[2], -1)).movedim(1, 3).flatten(0, 1)
+    return folded, *(x.transpose(1, 2).flatten(0, 1) for x in (k, v))
+
+
+def _back(x: Tensor, q: Tensor) -> Tensor:
+    """[Z, G, P, ...] -> [B, P, HQ, ...]."""
+    return x.unflatten(0, (q.shape[0], -1)).flatten(1, 2).transpose(1, 2)

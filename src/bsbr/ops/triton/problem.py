@@ -1,0 +1,140 @@
+"""Sizes of one call, and whether the kernels can do it."""
+
+import importlib.util
+import math
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bsbr.config import BSBRConfig
+from bsbr.ops.schedule import dense_until
+
+_WORKSPACE = 1 << 31
+"""Bytes of partial outputs held at once."""
+
+_BLOCK_BYTES = 1 << 16
+"""Largest block of keys: it has to fit into shared memory beside its values and a tile of queries."""
+
+_INSTALLED = importlib.util.find_spec("triton") is not None
+"""Looked up once: `torch.compile` traces calls, and cannot trace this one."""
+
+
+class Problem(NamedTuple):
+    """What one call computes, apart from tensors; `sparse` queries are those not read densely."""
+
+    config: BSBRConfig
+    scale: float
+    q_start: int
+    num_queries: int
+    group: int
+    """Query heads of a key head."""
+    most_rows: int
+    """Largest tile of queries: products in float32 and wide heads leave room for fewer."""
+
+    @property
+    def stop(self) -> int:
+        """Position after the last query."""
+        return self.q_start + self.num_queries
+
+    @property
+    def sparse_start(self) -> int:
+        """Position of the first sparse query."""
+        return min(self.stop, max(self.q_start, dense_until(self.config)))
+
+    @property
+    def num_sparse(self) -> int:
+        """Sparse queries."""
+        return self.stop - self.sparse_start
+
+    @property
+    def num_dense(self) -> int:
+        """Queries that read their whole past."""
+        return self.sparse_start - self.q_start
+
+    @property
+    def per_block(self) -> int:
+        """Retrieval blocks in a local block."""
+        return self.config.block_size // self.config.unit
+
+    @property
+    def num_blocks(self) -> int:
+        """Retrieval blocks that are past for the last query."""
+        return (self.stop - 1) // self.config.block_size * self.per_block
+
+    @property
+    def gradient_rows(self) -> int:
+        """Largest tile of queries in the backward pass, which holds more of everything."""
+        return min(self.most_rows, 64)
+
+    @property
+    def tile_rows(self) -> int:
+        """Queries of a tile: a power of two that divides the local block, so that a tile has one past."""
+        return min(self.most_rows, self.config.block_size & -self.config.block_size)
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles that cover the sparse queries; the first and the last may be part empty."""
+        return -(-self.stop // self.tile_rows) - self.sparse_start // self.tile_rows
+
+    @property
+    def score_scales(self) -> tuple[float, float]:
+        """Factors that turn q.k and (q*q).var / 2 into powers of two."""
+        return self.scale * math.log2(math.e), self.scale**2 / 2 * math.log2(math.e)
+
+    def heads_at_once(self, num_heads: int, part_bytes: int) -> int:
+        """Key heads of all rows that are worked on together, so that partial results stay within the workspace."""
+        parts = self.num_sparse * self.group * self.parts
+        return max(1, min(num_heads, _WORKSPACE // (parts * part_bytes)))
+
+    @property
+    def parts(self) -> int:
+        """Partial results of a query: retrieved blocks, local field, far field."""
+        return self.config.top_k + (1 if self.config.far == "drop" else 2)
+
+
+def make_problem(q: Tensor, k: Tensor, config: BSBRConfig, scale: float, q_start: int) -> Problem:
+    """Gather the sizes of a call of `bsbr_attention`."""
+    most_rows = 32 if q.element_size() > 2 else 64
+    return Problem(config, scale, q_start, q.shape[1], q.shape[2] // k.shape[2], most_rows)
+
+
+def why_not_triton(
+    q: Tensor, k: Tensor, v: Tensor, config: BSBRConfig, q_start: int = 0, dropout_p: float = 0.0
+) -> str | None:
+    """Say what keeps the kernels from computing a call.
+
+    Args:
+        q, k, v: as given to `bsbr_attention`.
+        config: the settings.
+        q_start: position of the first query.
+        dropout_p: dropout of the weights.
+    Returns:
+        The obstacle in a few words, or None.
+
+    Example:
+        >>> import torch
+        >>> x = torch.zeros(1, 9, 2, 64)
+        >>> why_not_triton(x, x, x, BSBRConfig())
+        'tensors on cpu'
+    """
+    block_bytes = config.unit * (1 << (q.shape[3] - 1).bit_length()) * q.element_size()
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # triton's own switch for debugging without a GPU
+    obstacles = {
+        f"tensors on {q.device.type}": not (q.is_cuda or interpreted),
+        "triton is not installed": not _INSTALLED,
+        "no queries": q.numel() == 0,
+        f"{q.dtype} input": q.dtype not in (torch.float32, torch.bfloat16, torch.float16),
+        f"head width {q.shape[3]}": q.shape[3] % 8 != 0 or not 16 <= q.shape[3] <= 256,
+        f"values of width {v.shape[3]} beside keys of {k.shape[3]}": v.shape[3] != k.shape[3],
+        f'state="{config.state}"': config.state not in ("global", "none"),
+        'selection="group"': config.selection == "group" and q.shape[2] != k.shape[2],
+        f"block_size {config.block_size}": config.block_size % 16 != 0,
+        f"retrieval_block_size {config.unit}": config.unit not in (16, 32, 64, 128, 256),
+        f"blocks of {config.unit} keys of width {q.shape[3]} in {q.dtype}": block_bytes > _BLOCK_BYTES,
+        f"top_k {config.top_k}": config.top_k > 64,
+        "dropout": dropout_p > 0,
+        "late queries that read their whole past": 0 < q_start < dense_until(config),
+    }
+    return next((obstacle for obstacle, applies in obstacles.items() if applies), None)

@@ -1,0 +1,108 @@
+"""Gradients of the retrieved field, key-block-outer like the forward pass: scores are computed again tile by tile."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bsbr.ops.triton.pairs import Pairs
+from bsbr.ops.triton.problem import Problem
+from bsbr.ops.triton.summaries import padded
+
+
+def pairs_backward(
+    problem: Problem,
+    pairs: Pairs,
+    first_head: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    part_q: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    """Differentiate the retrieved field of some key heads.
+
+    Several programs share a block and add to its dk and dv in whatever order they finish.
+
+    Args:
+        problem, pairs, first_head, q, k, v: as given to `attend_pairs`.
+        do: gradient of o, [B, Tq, HQ, D] contiguous.
+        lse, delta: of the whole softmax, natural log and sum of do * o, [B, Tq, HQ] float32.
+        part_q: partial gradients of q, [heads, S * G, top_k + 1, D]; the first `top_k` of each query are written.
+        dk, dv: sums to add to, [B, T, H, D] float32 contiguous.
+    """
+    width, unit = q.shape[3], problem.config.unit
+    _pairs_backward[(pairs.tile_block.numel(),)](
+        q, k, v, do, lse, delta, *pairs[:5], part_q, dk, dv, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        k.shape[2], k.shape[1], pairs.counts.shape[1], pairs.counts.numel(), pairs.pair.shape[1], first_head,
+        problem.num_dense, problem.num_queries, problem.score_scales[0], problem.scale,
+        G=problem.group, TOP_K=problem.config.top_k, UNIT=unit, D=width, DP=padded(width), ROWS=pairs.rows,
+        BM=problem.gradient_rows, num_warps=8 if width > 64 else 4, num_stages=1,
+    )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "num_keys",
+        "num_blocks",
+        "all_blocks",
+        "pairs_per_head",
+        "first_head",
+        "first_query",
+        "num_queries",
+    ]
+)
+def _pairs_backward(
+    q, k, v, do, lse, delta, pairs, start, count, tile_end, tile_block, part_q, dk, dv,
+    qb, qt, qh, kb, kt, kh, vb, vt, vh,
+    heads, num_keys, num_blocks, all_blocks, pairs_per_head, first_head, first_query, num_queries, score_scale, scale,
+    G: tl.constexpr, TOP_K: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
+    BM: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    block = tl.load(tile_block + tile)
+    if block >= all_blocks:
+        return
+    own_count = tl.load(count + block)
+    from_end = tl.load(tile_end + block) - tile  # tiles of this block from here on
+    begin = (tl.cdiv(own_count, ROWS) - from_end) * ROWS
+    z = (block // num_blocks).to(tl.int64)
+    head, row = (first_head + z) % heads, (first_head + z) // heads
+    d = tl.arange(0, DP)
+    inside = (d < D)[None, :]
+    token = ((block % num_blocks) * UNIT + tl.arange(0, UNIT)).to(tl.int64)
+    own_k = tl.load(k + row * kb + head * kh + token[:, None] * kt + d[None, :], mask=inside, other=0.0)
+    own_v = tl.load(v + row * vb + head * vh + token[:, None] * vt + d[None, :], mask=inside, other=0.0)
+    head_q = q + row * qb + head * G * qh
+    own_pairs = pairs + z * pairs_per_head + tl.load(start + block)
+    first_part = z * (pairs_per_head // TOP_K * (TOP_K + 1))
+    sum_k = tl.zeros([UNIT, DP], tl.float32)
+    sum_v = tl.zeros([UNIT, DP], tl.float32)
+    for at in range(begin, min(begin + ROWS, own_count), BM):
+        place = at + tl.arange(0, BM)
+        used = place < own_count
+        pair = tl.load(own_pairs + place, mask=used, other=0)
+        query = pair // TOP_K
+        own = (first_query + query // G).to(tl.int64)
+        at_q = own * qt + query % G * qh
+        at_o = (row * num_queries + own) * (heads * G) + head * G + query % G
+        held = used[:, None] & inside
+        own_q = tl.load(head_q + at_q[:, None] + d[None, :], mask=held, other=0.0)
+        own_do = tl.load(do + at_o[:, None] * D + d[None, :], mask=held, other=0.0)
+        top = tl.load(lse + at_o, mask=used, other=float("inf")) * 1.4426950408889634  # rows of nobody weigh nothing
+        weights = tl.exp2(tl.dot(own_q, tl.trans(own_k), input_precision="ieee") * score_scale - top[:, None])
+        dweights = tl.dot(own_do, tl.trans(own_v), input_precision="ieee")
+        own_delta = tl.load(delta + at_o, mask=used, other=0.0)
+        dscores = (weights * (dweights - own_delta[:, None])).to(own_q.dtype)
+        sum_v = tl.dot(tl.trans(weights.to(own_do.dtype)), own_do, sum_v, input_precision="ieee")
+        sum_k = tl.dot(tl.trans(dscores), own_q, sum_k, input_precision="ieee")
+        dq = tl.dot(dscores, own_k, input_precision="ieee") * scale
+        to = first_part + pair + query  # top_k + 1 parts of each query
+        tl.store(part_q + to[:, None] * D + d[None, :], dq.to(part_q.dtype.element_ty), mask=held)
+    into = ((row * num_keys + token[:, None]) * heads + head) * D + d[None, :]
+    tl.atomic_add(dk + into, sum_k * scale, mask=inside, sem="relaxed")
+    tl.atomic_add(dv + into, sum_v, mask=inside, sem="relaxed")
