@@ -6,13 +6,14 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from bsbr.cli import benchmark, convert, evaluate, finetune, pretrain, report
+from bsbr.cli import benchmark, convert, evaluate, finetune, generate, pretrain, report
 from bsbr.errors import UserError
 
 COMMANDS = {
     "evaluate": evaluate,
     "convert": convert,
     "finetune": finetune,
+    "generate": generate,
     "benchmark": benchmark,
     "report": report,
     "pretrain": pretrain,
@@ -46,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if args.debug or not _is_out_of_memory(error):
             raise
-        return _fail("out of memory. Lower --lengths, --window or --documents; what was measured is kept", 3)
+        advice = getattr(
+            args, "if_out_of_memory", "Lower --lengths, --window or --documents; what was measured is kept"
+        )
+        return _fail(f"out of memory. {advice}", 3)
     return 0
 
 

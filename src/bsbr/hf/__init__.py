@@ -1,11 +1,13 @@
 """BSBR in transformers: importing this registers the attention "bsbr" and the model types "bsbr-<family>"."""
 
+from bsbr.hf.cache import BSBRCache
 from bsbr.hf.convert import convert, revert
 from bsbr.hf.loading import load_model, load_tokenizer
 from bsbr.hf.modeling import BSBRModelMixin, attention_modules, derive
 from bsbr.hf.positions import check_length, extend_positions, max_positions
 
 __all__ = [
+    "BSBRCache",
     "BSBRModelMixin",
     "attention_modules",
     "check_length",

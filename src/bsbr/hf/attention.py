@@ -14,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from bsbr.errors import UserError
+from bsbr.hf.cache import BSBRLayer, layer_of
 from bsbr.hf.families import NAME, bypass_message, dispatches
 from bsbr.hf.mixers import Call, Mixer, attend, read_settings
 from bsbr.hf.parameters import take_hidden
@@ -36,8 +37,9 @@ def bsbr_attention_forward(
     """Attend as the model's config says; called by transformers in every attention module.
 
     1. A sliding-window layer stays as it was.
-    2. While the whole past is read exactly, it is PyTorch's own attention, without a copy.
-    3. Otherwise the mixer runs on [B, T, H, D]; a mask is first turned into documents that start at position 0.
+    2. Keys that a BSBRCache gave out go back to it, with the queries.
+    3. While the whole past is read exactly, it is PyTorch's own attention, without a copy.
+    4. Otherwise the mixer runs on [B, T, H, D]; a mask is first turned into documents that start at position 0.
 
     Args:
         module: the attention module; its config, and what it learned in `module.bsbr`.
@@ -56,10 +58,17 @@ def bsbr_attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    _refuse(module, key, attention_mask, kwargs)
+    layer = layer_of(key)
+    past = 0 if layer is None else layer.get_seq_length()
+    _refuse(module, past + key.shape[2], attention_mask, kwargs)
     mixer, settings = read_settings(getattr(module.config, NAME, None))
     parameters: nn.Module | None = getattr(module, NAME, None)
     hidden = take_hidden(parameters)
+    if layer is not None:
+        cached = mixer._replace(attend=partial(_attend_cached, layer, attention_mask))
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        call = Call(q, k, v, hidden, scaling, past, None, dropout)
+        return attend(call, cached, settings, parameters).to(query.dtype).contiguous(), None
     queries, keys = query.shape[2], key.shape[2]
     if attention_mask is None and queries in (1, keys) and keys <= mixer.exact_until(settings):
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, dropout=dropout)
@@ -74,6 +83,13 @@ def bsbr_attention_forward(
 
         o = attend_by_document(layout(attention_mask, queries), q, k, v, hidden, attend_group)
     return o.to(query.dtype).contiguous(), None
+
+
+def _attend_cached(layer: BSBRLayer, mask: Tensor | None, call: Call, settings: Any, parameters: Any) -> Tensor:
+    if call.dropout_p:
+        raise NotImplementedError("a BSBRCache has no dropout: call model.eval(), or use DynamicCache to train")
+    calibration = None if parameters is None else parameters.calibration
+    return layer.attend(call.q, call.k, call.v, mask, call.scale, calibration)
 
 
 def _attend(
@@ -92,7 +108,7 @@ def _attend(
     return attend(Call(q, k, v, hidden, scale, q_start, lengths, dropout_p), mixer, settings, parameters)
 
 
-def _refuse(module: nn.Module, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+def _refuse(module: nn.Module, keys: int, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
     for name in _CHANGES_SCORES:
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"bsbr attention has no {name}: use this model with its own attention")
@@ -107,8 +123,8 @@ def _refuse(module: nn.Module, key: Tensor, mask: Tensor | None, kwargs: dict[st
             "bsbr attention takes a 2-D attention_mask, [rows, tokens], 1 for a token and 0 for padding; "
             f"got {mask.dim()}-D {list(mask.shape)} {mask.dtype}"
         )
-    if mask.shape[3] != key.shape[2]:
-        raise NotImplementedError(f"the attention mask is for {mask.shape[3]} keys, got {key.shape[2]}")
+    if mask.shape[3] != keys:
+        raise NotImplementedError(f"the attention mask is for {mask.shape[3]} keys, got {keys}")
 
 
 def bsbr_mask(

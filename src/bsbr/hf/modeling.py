@@ -11,6 +11,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 
 from bsbr.errors import UserError
 from bsbr.hf import attention as _registers_the_function  # noqa: F401
+from bsbr.hf.cache import BSBRCache, keeps_summaries
 from bsbr.hf.families import NAME, PREFIX, bypass_message, dispatches, stock_classes
 from bsbr.hf.mixers import read_settings, write_settings
 from bsbr.hf.parameters import MixerParameters, keep_hidden
@@ -60,6 +61,21 @@ class BSBRModelMixin:
         missing = set(info["missing_keys"])
         check_missing(source, missing if missing & ours != ours else missing - ours)
         return (model, info) if output_loading_info else model
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Give `generate` a BSBRCache where it would make a DynamicCache and the mixer has what that needs."""
+        if (
+            model_kwargs.get("past_key_values") is None
+            and generation_config.use_cache is not False
+            and generation_config.cache_implementation in (None, "dynamic")
+            and self.config._attn_implementation == NAME
+            and keeps_summaries(self.config)
+        ):
+            model_kwargs["past_key_values"] = BSBRCache(self.config)
+            return None
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: continuous batching would run dense attention without a word.

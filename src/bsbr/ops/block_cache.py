@@ -1,0 +1,284 @@
+"""What decoding keeps of a text: its last two local blocks, a summary of each past block, past keys and values."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bsbr.config import BSBRConfig
+from bsbr.ops.attention import bsbr_attention
+from bsbr.ops.decode import Past, decode_attention, decode_exact
+from bsbr.ops.own_blocks import OwnBlocks
+from bsbr.ops.pieces import Piece, cut, row_numbers
+from bsbr.ops.running import SUMMARISED, RunningSummaries
+from bsbr.ops.stores import Store
+from bsbr.ops.summaries import UNCALIBRATED
+
+Mode = Literal["full", "offload", "states"]
+MODES: tuple[Mode, ...] = ("full", "offload", "states")
+
+
+def check_mode(config: BSBRConfig, mode: Mode) -> None:
+    """Refuse a mode of the cache that cannot give what the settings ask for.
+
+    Args:
+        config: the settings.
+        mode: "full", "offload" or "states".
+    Raises:
+        ValueError: no such mode, or it and the settings do not fit.
+
+    Example:
+        >>> check_mode(BSBRConfig(top_k=0, dense_below=0), "states")
+    """
+    if mode not in MODES:
+        raise ValueError(f"cache must be one of {', '.join(MODES)}, got {mode!r}")
+    if config.state in ("block", "token"):
+        raise ValueError(
+            f'a BSBR cache keeps no state="{config.state}": use state="global" or transformers\' own cache'
+        )
+    if mode == "states" and (config.top_k or config.dense_below > config.block_size):
+        raise ValueError(
+            'cache "states" keeps no past keys and values, which '
+            + (f"top_k {config.top_k} reads" if config.top_k else f"dense_below {config.dense_below} reads")
+            + ': convert with top_k 0 and dense_below 0, or use cache "full" or "offload"'
+        )
+
+
+class BlockCache:
+    """The cache of one layer: give it each new part of a text, and it attends to all that came before.
+
+    Rows start at position 0 and may have different lengths. Key and value buffers grow by a sixteenth; summaries and
+    the running sum of first-order states are finished when a local block is.
+
+    Args:
+        config: the settings.
+        mode: "full" keeps past keys and values on the device, "offload" on the host, "states" drops them.
+
+    Example:
+        >>> cache = BlockCache(BSBRConfig(block_size=4, top_k=1, dense_below=0))
+        >>> q, k, v = torch.randn(3, 1, 11, 2, 8)
+        >>> cache.attend(q[:, :10], k[:, :10], v[:, :10], scale=0.3).shape, cache.lengths
+        (torch.Size([1, 10, 2, 8]), [10])
+        >>> cache.attend(q[:, 10:], k[:, 10:], v[:, 10:], scale=0.3).shape
+        torch.Size([1, 1, 2, 8])
+    """
+
+    def __init__(self, config: BSBRConfig, mode: Mode = "full") -> None:
+        check_mode(config, mode)
+        self.config, self.mode = config, mode
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.lengths: list[int] = []
+        self._floors: list[int] = []  # lowest local block that each row's own keys and sums can go back to
+        self._own: OwnBlocks | None = None
+        self._summaries: RunningSummaries | None = None
+        self._store: Store | None = None
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,
+        calibration: Tensor | None = None,
+        counts: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Add tokens to each row and attend from them.
+
+        Args:
+            q: queries of the new tokens, [B, T, HQ, D].
+            k: their keys, [B, T, H, D]; v: their values, [B, T, H, Dv].
+            scale: factor on q.k.
+            calibration: [HQ, 5]; None means uncalibrated.
+            counts: tokens of each row; what comes later is padding. None means T.
+        Returns:
+            o [B, T, HQ, Dv] in the dtype of q, 0 for padding; with gradients only from the first tokens.
+        """
+        counts = tuple(counts) if counts is not None else (q.shape[1],) * q.shape[0]
+        if not self.lengths:
+            self._start(k, v)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        if calibration is None:
+            calibration = q.new_tensor(UNCALIBRATED, dtype=wide).expand(q.shape[2], 5)
+        if max(self.lengths) == 0:
+            return self._first(q, k, v, scale, calibration, counts)
+        with torch.no_grad():
+            o = q.new_zeros(*q.shape[:3], v.shape[3])
+            by_head = calibration.to(wide).unflatten(0, (k.shape[2], -1))
+            for piece in cut(tuple(self.lengths), counts, self.config):
+                self._piece(piece, q, k, v, o, scale, by_head)
+        return o
+
+    def fill(self, k: Tensor, v: Tensor) -> None:
+        """Take in a text whose attention is known already, in place of what the cache held.
+
+        Args:
+            k: keys, [B, T, H, D]; v: values, [B, T, H, Dv].
+        """
+        self._start(k, v)
+        self._fill(k.detach().transpose(1, 2), v.detach().transpose(1, 2), (k.shape[1],) * k.shape[0])
+
+    def crop(self, lengths: Sequence[int]) -> None:
+        """Forget the end of each row.
+
+        Args:
+            lengths: tokens that each row keeps.
+        Raises:
+            ValueError: the blocks that are cut into have been dropped.
+        """
+        if not max(lengths):
+            return self.reset()
+        size = self.config.block_size
+        deep = [row for row, length in enumerate(lengths) if length // size < self._floors[row]]
+        if deep and self._store is None:
+            raise ValueError(
+                'cache "states" has dropped the keys of blocks before the last two, so it cannot go back further: '
+                'use cache "full"'
+            )
+        for row in deep:
+            self._rebuild(row, lengths[row] // size)
+        self.lengths = list(lengths)
+        return None
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, in this order, as beam search asks for.
+
+        Args:
+            rows: [R] row numbers; one may come more than once.
+        """
+        chosen = rows.tolist()
+        self.lengths, self._floors = ([x[row] for row in chosen] for x in (self.lengths, self._floors))
+        for part in (self._own, self._summaries, self._store):
+            if part is not None:
+                part.select(rows)
+
+    def num_bytes(self) -> dict[str, int]:
+        """Return the memory the cache takes, by kind: "device" and "host"; on a CPU all of it is the device's."""
+        used = {"device": sum(part.nbytes for part in (self._own, self._summaries) if part is not None), "host": 0}
+        if self._store is not None:
+            place = "device" if self._store.k.device == self._store.device else "host"
+            used[place] += self._store.k.nbytes + self._store.v.nbytes
+        return used
+
+    def _start(self, k: Tensor, v: Tensor) -> None:
+        """Make empty tensors for rows like these."""
+        size = self.config.block_size
+        self._own, self._summaries = OwnBlocks(k, v, size), RunningSummaries(k, v, self.config)
+        if self.mode != "states":
+            self._store = Store(k, v, self.config.unit, size, self.mode == "offload")
+        self.lengths, self._floors = [0] * k.shape[0], [0] * k.shape[0]
+
+    def _first(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, calibration: Tensor, counts: tuple[int, ...]
+    ) -> Tensor:
+        """Attend from a whole text, and fill the empty cache with it."""
+        lengths = None
+        if min(counts) < k.shape[1]:
+            lengths = row_numbers(counts, k.device)
+            padded = torch.arange(k.shape[1], device=k.device) >= lengths[:, None]
+            k, v = (x.masked_fill(padded[:, :, None, None], 0) for x in (k, v))
+        o = bsbr_attention(q, k, v, self.config, scale=scale, lengths=lengths, calibration=calibration)
+        assert isinstance(o, Tensor)
+        self._fill(k.detach().transpose(1, 2), v.detach().transpose(1, 2), counts)
+        return o
+
+    def _fill(self, k: Tensor, v: Tensor, counts: Sequence[int]) -> None:
+        """Take in the first tokens of each row, keys [B, H, T, D] and values [B, H, T, Dv]."""
+        assert self._own is not None
+        size = self.config.block_size
+        blocks = [count // size for count in counts]
+        for start in range(0, max(blocks), SUMMARISED):
+            span = slice(start * size, min(start + SUMMARISED, max(blocks)) * size)
+            self._finish(slice(None), start, k[:, :, span], v[:, :, span], blocks)
+        for row, count in enumerate(counts):
+            for block in {max(0, blocks[row] - 1), blocks[row]}:
+                span = slice(block * size, min(count, (block + 1) * size))
+                self._own.put(row, block, k[row, :, span], v[row, :, span])
+        self.lengths, self._floors = list(counts), [max(0, block - 1) for block in blocks]
+
+    def _finish(self, rows: slice, block: int, k: Tensor, v: Tensor, blocks: Sequence[int]) -> None:
+        """Keep finished local blocks, the first of them number `block`, as `RunningSummaries.add` takes them."""
+        assert self._summaries is not None
+        if self._store is not None:
+            self._store.write(rows, block * self.config.block_size, k, v)
+        self._summaries.add(rows, block, k, v, blocks)
+
+    def _rebuild(self, row: int, block: int) -> None:
+        """Make a finished local block, and those before it, what the row ends with."""
+        assert self._own is not None
+        assert self._summaries is not None
+        assert self._store is not None
+        size = self.config.block_size
+        k, v = (x[row] for x in self._store.prefix((block + 1) * size))
+        for number in {max(0, block - 1), block}:
+            span = slice(number * size, (number + 1) * size)
+            self._own.put(row, number, k[:, span], v[:, span])
+        self._summaries.sum_again(row, block, k, v)
+        self._floors[row] = max(0, block - 1)
+
+    def _piece(
+        self, piece: Piece, q: Tensor, k: Tensor, v: Tensor, o: Tensor, scale: float, calibration: Tensor
+    ) -> None:
+        """Add the tokens of a piece, attend from them, and finish the blocks they complete."""
+        assert self._own is not None
+        assert self._summaries is not None
+        every = len(piece.rows) == len(self.lengths)
+        rows = None if every else row_numbers(piece.rows, q.device)
+        new = [x[:, piece.start : piece.stop] if rows is None else x[rows, piece.start : piece.stop] for x in (q, k, v)]
+        heads = k.shape[2]
+        own_k, own_v, unseen = self._own.add(piece, rows, new[1], new[2])
+        folded_q = new[0].unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # [Z, G, S, D]
+        own = own_k.flatten(0, 1), own_v.flatten(0, 1), unseen
+        if piece.dense:
+            before = self._before(piece, rows, own_k, own_v)
+            part = decode_exact(folded_q, *before, *own, calibration.dtype, scale)
+        else:
+            past = Past(*self._summaries.before(piece, rows), self._fetch(rows, heads))
+            scalars = calibration.repeat(len(piece.rows), 1, 1)
+            part = decode_attention(folded_q, *own, past, self.config, scalars, scale)
+        part = part.to(o.dtype).unflatten(0, (-1, heads)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+        o[slice(None) if rows is None else rows, piece.start : piece.stop] = part
+        for index, row in enumerate(piece.rows):
+            self.lengths[row] = piece.places[index] + piece.stop - piece.start
+        self._finish_full(piece, own_k, own_v)
+
+    def _finish_full(self, piece: Piece, own_k: Tensor, own_v: Tensor) -> None:
+        """Finish the own blocks [R, H, block_size, D] that a piece has filled."""
+        size, together = self.config.block_size, piece.even and len(piece.rows) == len(self.lengths)
+        finished = [index for index, row in enumerate(piece.rows) if self.lengths[row] % size == 0]
+        for index in finished:
+            row = piece.rows[index]
+            self._floors[row] = block = self.lengths[row] // size - 1
+            if not together:
+                one = slice(index, index + 1)
+                self._finish(slice(row, row + 1), block, own_k[one], own_v[one], [block + 1])
+        if finished and together:
+            self._finish(slice(None), block, own_k, own_v, [block + 1] * len(finished))
+
+    def _before(
+        self, piece: Piece, rows: Tensor | None, own_k: Tensor, own_v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values before the rows' own blocks, [Z, T, D], and which of them are not there, [Z, 1, T]."""
+        size = self.config.block_size
+        stops = [start // size * size for start in piece.places]
+        if self._store is None or not max(stops):
+            return own_k.flatten(0, 1)[:, :0], own_v.flatten(0, 1)[:, :0], None
+        k, v = (x if rows is None else x[rows] for x in self._store.prefix(max(stops)))
+        absent = None
+        if not piece.even:
+            stop = row_numbers(tuple(stops), k.device)[:, None, None]
+            absent = (torch.arange(max(stops), device=k.device) >= stop).repeat_interleave(k.shape[1], 0)
+        return k.flatten(0, 1), v.flatten(0, 1), absent
+
+    def _fetch(self, rows: Tensor | None, heads: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Read blocks of these rows, whose key heads are counted from the first of them."""
+
+        def fetch(head: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+            assert self._store is not None
+            return self._store.fetch(head if rows is None else rows[head // heads] * heads + head % heads, block)
+
+        return fetch
