@@ -169,3 +169,10 @@ def test_processes_that_compile_at_once_all_get_it(monkeypatch, tmp_path):
     assert [process.communicate()[0].strip() for process in running] == ["CDLL"] * 3
     assert len(list(tmp_path.rglob("*"))) == 2  # the folder and one library, nothing half made
     assert isinstance(load_library.__wrapped__(), ctypes.CDLL)
+
+
+def test_a_block_that_does_not_exist_is_refused():
+    q, k, v = draw(8, 1, 130, 1, 8)
+    indices = torch.full((1, 130, q.shape[2], CONFIG.top_k), 99)
+    with pytest.raises(ValueError, match="block_indices of sparse queries"):
+        bsbr_attention(q, k, v, CONFIG, block_indices=indices, backend="native")

@@ -11,9 +11,6 @@ from bsbr.config import BSBRConfig
 from bsbr.ops.native.build import load_library
 from bsbr.ops.schedule import Plan
 
-_MANY = 64
-"""Queries from which transposing keys pays."""
-
 _POINTERS = ("q", "k", "v", "calibration", "o", "lse", "chosen", "scratch")
 _STRIDES = tuple(f"{name}_{axis}" for axis in ("row", "head", "batch") for name in ("q", "k", "v", "o", "lse"))
 _INTEGERS = (
@@ -74,6 +71,7 @@ def native_forward(
         [B, HQ, top_k, S] int64.
     Raises:
         RuntimeError: there is no native code here.
+        ValueError: a block given does not exist.
     """
     library = load_library()
     if isinstance(library, str):
@@ -83,6 +81,9 @@ def native_forward(
         chosen = torch.empty(batch, heads, config.top_k, plan.stop - plan.sparse_start, dtype=torch.int64)
     else:
         chosen = block_indices[:, plan.num_dense :].permute(0, 2, 3, 1).to(torch.int64).contiguous()
+        past = plan.num_past // config.unit
+        if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < past:  # C would read anywhere
+            raise ValueError(f"block_indices of sparse queries must be from 0 to {past - 1}, the past blocks")
     calibration = calibration.contiguous()
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     o, lse = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3])
