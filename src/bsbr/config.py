@@ -1,6 +1,6 @@
 """The settings of the attention, checked when they are made."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 Far = Literal["moments", "mean", "drop"]
@@ -37,6 +37,10 @@ class BSBRConfig:
     top_k: int = 8
     """Past retrieval blocks each query reads exactly; 0 reads summaries only."""
 
+    top_k_per_head: tuple[Any, ...] | None = None
+    """The same number for each key head on its own, as calibration spreads them: integers, or for a whole model one
+    tuple of them for each layer. None, also in place of a layer's, means `top_k` for each head."""
+
     far: Far = "moments"
     """What stands for the past blocks not read: mean and variance of keys, the mean alone, or nothing."""
 
@@ -53,6 +57,8 @@ class BSBRConfig:
     def __post_init__(self) -> None:
         for name, least in (("block_size", 1), ("top_k", 0), ("dense_below", 0)):
             _check_integer(name, getattr(self, name), least)
+        if self.top_k_per_head is not None:
+            object.__setattr__(self, "top_k_per_head", _as_counts(self.top_k_per_head))
         if self.retrieval_block_size is None:
             object.__setattr__(self, "retrieval_block_size", self.block_size)
         _check_integer("retrieval_block_size", self.retrieval_block_size, 1)
@@ -68,6 +74,33 @@ class BSBRConfig:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.far == "drop" and self.state != "none":
             raise ValueError(f'far="drop" leaves no far field for state={self.state!r} to correct: use state="none"')
+
+    @property
+    def max_top_k(self) -> int:
+        """Past retrieval blocks that a query of any head reads at most, as an int."""
+        rows = [self.top_k if row is None else row for row in self.top_k_per_head or (None,)]
+        return max(max(row) if isinstance(row, tuple) else row for row in rows)
+
+    def of_layer(self, layer: int) -> "BSBRConfig":
+        """Return a model's settings as they are in one of its layers.
+
+        Args:
+            layer: number of the layer.
+        Returns:
+            The settings, with that layer's numbers in `top_k_per_head`.
+        Raises:
+            ValueError: there are numbers for fewer layers.
+
+        Example:
+            >>> BSBRConfig(top_k=2, top_k_per_head=((1, 3), None)).of_layer(0).top_k_per_head
+            (1, 3)
+        """
+        rows = self.top_k_per_head
+        if rows is None or not any(isinstance(row, tuple) for row in rows):
+            return self
+        if layer >= len(rows):
+            raise ValueError(f"top_k_per_head has numbers for {len(rows)} layers, layer {layer} has none")
+        return replace(self, top_k_per_head=rows[layer])
 
     @property
     def unit(self) -> int:
@@ -102,6 +135,21 @@ class BSBRConfig:
         if unknown:
             raise ValueError(f"unknown BSBR setting {unknown[0]!r}: expected some of {', '.join(sorted(known))}")
         return cls(**values)
+
+
+def _as_counts(values: Any) -> tuple[Any, ...]:
+    """Tuples of integers, or of such tuples and None, from what JSON has as lists."""
+    if not isinstance(values, list | tuple) or not values:
+        raise ValueError(f"top_k_per_head must be integers, one for each key head, got {values!r}")
+    if any(isinstance(row, list | tuple) for row in values):
+        if any(isinstance(row, list | tuple) and any(isinstance(x, list | tuple) for x in row) for row in values):
+            raise ValueError(
+                "top_k_per_head must be integers, or for each layer a tuple of integers, got deeper tuples"
+            )
+        return tuple(None if row is None else _as_counts(row) for row in values)
+    for count in values:
+        _check_integer("each number of top_k_per_head", count, 0)
+    return tuple(values)
 
 
 def _check_integer(name: str, value: Any, least: int) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -66,6 +66,8 @@ def random_case(seed: int, longest: int = 300, value_width: bool = True) -> Case
     width = draw.choice([1, 3, 8, 16, 31, 64])
     value = draw.choice([width, width, 5]) if value_width else width
     start = 0 if state == "block" else draw.choice([0, 0, tokens - 1, draw.randint(0, tokens - 1)])
+    if draw.random() < 0.25:
+        config = replace(config, top_k_per_head=tuple(draw.choice([0, 1, 2, 5]) for _ in range(heads)))
     lengths = torch.randint(0, tokens + 1, (rows,), generator=generator) if draw.random() < 0.4 else None
     spread = math.exp(draw.uniform(math.log(1e-3), math.log(30))) ** 0.5
 

@@ -9,6 +9,7 @@ import torch
 from bsbr.config import BSBRConfig
 from bsbr.ops import reference_attention
 from bsbr.ops.block_cache import BlockCache, check_mode
+from bsbr.ops.shared_cache import block_cache
 from tests.ops.cases import error_bound, random_case
 
 
@@ -17,6 +18,8 @@ def cached_case(seed, **settings):
     case = random_case(seed)
     if case.config.state in ("block", "token"):
         case.config = replace(case.config, state="global")
+    if "top_k" in settings:
+        case.config = replace(case.config, top_k_per_head=None)
     case.config = replace(case.config, **settings)
     tokens, heads = case.k.shape[1], case.q.shape[2]
     generator = torch.Generator().manual_seed(seed + 1)
@@ -49,7 +52,7 @@ def test_in_float64_every_part_equals_the_reference(mode):
         case, draw = cached_case(seed), random.Random(seed)
         tensors = case.q, case.k, case.v
         expected = reference_attention(*tensors, case.config, calibration=case.calibration)[0]
-        actual = feed(BlockCache(case.config, mode), case, tensors, parts(case.k.shape[1], draw))
+        actual = feed(block_cache(case.config, mode), case, tensors, parts(case.k.shape[1], draw))
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9, msg=lambda m, c=case: f"{c.config}: {m}")
 
 
@@ -58,7 +61,7 @@ def test_states_alone_are_enough_without_retrieval():
         case, draw = cached_case(seed, top_k=0, dense_below=0), random.Random(seed)
         tensors = case.q, case.k, case.v
         expected = reference_attention(*tensors, case.config, calibration=case.calibration)[0]
-        cache = BlockCache(case.config, "states")
+        cache = block_cache(case.config, "states")
         actual = feed(cache, case, tensors, parts(case.k.shape[1], draw))
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9, msg=lambda m, c=case: f"{c.config}: {m}")
 
@@ -70,7 +73,7 @@ def test_values_stay_within_the_forward_error_bound(dtype):
         case, draw = cached_case(seed, top_k=random.Random(seed).choice([0, 1000])), random.Random(seed)
         tensors = case.tensors(dtype)
         expected, _, chosen = reference_attention(*tensors, case.config, calibration=case.calibration)
-        actual = feed(BlockCache(case.config), case, tensors, parts(case.k.shape[1], draw))
+        actual = feed(block_cache(case.config), case, tensors, parts(case.k.shape[1], draw))
         assert actual.dtype == dtype
         excess = (actual.double() - expected).abs() / error_bound(case, *tensors, chosen)
         assert excess.max() <= 1, f"case {seed}: {excess.max():.3g} times the bound, {case.config}"
@@ -83,7 +86,7 @@ def test_rows_of_different_lengths_do_not_know_of_each_other(mode):
         settings = {"top_k": 0, "dense_below": 0} if mode == "states" else {}
         case = cached_case(seed, **settings)
         rows, tokens = len(case.q), case.k.shape[1]
-        cache, done, tensors = BlockCache(case.config, mode), [0] * rows, (case.q, case.k, case.v)
+        cache, done, tensors = block_cache(case.config, mode), [0] * rows, (case.q, case.k, case.v)
         expected = reference_attention(*tensors, case.config, calibration=case.calibration)[0]
         while min(done) < tokens:
             longest = draw.choice([1, 1, 2, 3, 9, 40, 170])
@@ -111,7 +114,7 @@ def test_going_back_and_on_again_leaves_no_trace(mode):
         draw, case = random.Random(seed), cached_case(seed)
         tensors, tokens = (case.q, case.k, case.v), case.k.shape[1]
         expected = reference_attention(*tensors, case.config, calibration=case.calibration)[0]
-        cache = BlockCache(case.config, mode)
+        cache = block_cache(case.config, mode)
         for _ in range(6):
             length = cache.lengths[0] if cache.lengths else 0
             stop = draw.randint(length, tokens)
@@ -154,7 +157,7 @@ def test_rows_can_be_copied_dropped_and_exchanged():
     case = cached_case(5, block_size=8, retrieval_block_size=4, top_k=2, dense_below=0)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 90, heads, 16, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
-    cache, order = BlockCache(case.config), torch.tensor([1, 0, 1])
+    cache, order = block_cache(case.config), torch.tensor([1, 0, 1])
     cache.attend(q[:, :50], k[:, :50], v[:, :50], scale=0.25, counts=[50, 37])
     cache.select(order)
     assert cache.lengths == [37, 50, 37]

@@ -61,7 +61,7 @@ def bsbr_attention_forward(
     layer = layer_of(key)
     past = 0 if layer is None else layer.get_seq_length()
     _refuse(module, past + key.shape[2], attention_mask, kwargs)
-    mixer, settings = read_settings(getattr(module.config, NAME, None))
+    mixer, settings = read_settings(getattr(module.config, NAME, None), getattr(module, "layer_idx", None))
     parameters: nn.Module | None = getattr(module, NAME, None)
     hidden = take_hidden(parameters)
     if layer is not None:

@@ -11,7 +11,8 @@ from bsbr.config import BSBRConfig
 from bsbr.errors import UserError
 from bsbr.hf.families import NAME
 from bsbr.hf.mixers import read_settings
-from bsbr.ops.block_cache import BlockCache, Mode, check_mode
+from bsbr.ops.block_cache import Mode, check_mode
+from bsbr.ops.shared_cache import block_cache
 
 _LAYER = "_bsbr_layer"
 """Attribute of a key tensor: the cache layer that gave it out."""
@@ -46,7 +47,12 @@ class BSBRCache(Cache):
         except ValueError as error:
             raise UserError(str(error)) from error
         stock: list[Any] = DynamicCache(config=config).layers
-        super().__init__(layers=[layer if layer.is_sliding else BSBRLayer(settings, mode) for layer in stock])
+        super().__init__(
+            layers=[
+                layer if layer.is_sliding else BSBRLayer(read_settings(config.bsbr, number)[1], mode)
+                for number, layer in enumerate(stock)
+            ]
+        )
 
     def num_bytes(self) -> dict[str, int]:
         """Return the memory of the whole cache in bytes, by kind: "device" and "host"."""
@@ -76,7 +82,7 @@ class BSBRLayer(CacheLayerMixin):
 
     def __init__(self, settings: BSBRConfig, mode: Mode) -> None:
         super().__init__()
-        self.blocks = BlockCache(settings, mode)
+        self.blocks = block_cache(settings, mode)
         self._slots = 0
         self._given_out = False
         self._mask: Tensor | None = None  # of the last call; all layers share it

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from bsbr.config import BSBRConfig
 from bsbr.errors import UserError
 from bsbr.hf.families import NAME, bypass_message, dispatches, stock_classes
 from bsbr.hf.loading import load_model
@@ -30,8 +31,9 @@ def convert(
     3. Give each attention module what its mixer learns. Sliding-window layers of a hybrid stay as they are.
 
     Positions, biases, tied embeddings, dropout, training mode and gradient checkpointing are kept. A converted model
-    can be converted again: its calibration is kept if both configs are a BSBRConfig that differ in `dense_below` at
-    most, and starts uncalibrated otherwise, since scalars fit the block size and `top_k` they were fitted for.
+    can be converted again: its calibration is kept, `top_k_per_head` with it, if both configs are a BSBRConfig that
+    differ in `dense_below` at most, and starts uncalibrated otherwise, since it fits the block size and `top_k` that it
+    was made for.
 
     Args:
         model_or_name: a causal language model, or the folder or hub name of one.
@@ -55,11 +57,13 @@ def convert(
     _check(source)
     model = share(source) if max_length is None else extend_positions(source, max_length)
     if isinstance(source, BSBRModelMixin):
-        if not _same_but_dense_below(source.config.bsbr, settings):
-            detach(model)
-            model.config.bsbr = settings
-            attach(model)
+        calibrated = _with_calibration(source.config.bsbr, settings)
+        if calibrated is not None:
+            model.config.bsbr = calibrated
+            return model
+        detach(model)
         model.config.bsbr = settings
+        attach(model)
         return model
     config_class, model_class = derive(source.config.model_type)
     setattr(model, _KEPT, source.config._attn_implementation)
@@ -96,11 +100,14 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     return dense
 
 
-def _same_but_dense_below(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    if old["mixer"] != new["mixer"]:
-        return False
+def _with_calibration(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any] | None:
+    """The new settings with what calibration put into the old ones; None where it does not fit them."""
     before, after = (read_settings(values)[1] for values in (old, new))
-    return (replace(before, dense_below=after.dense_below) if new["mixer"] == "bsbr" else before) == after
+    if isinstance(before, BSBRConfig) and isinstance(after, BSBRConfig):
+        before = replace(before, dense_below=after.dense_below)
+        if after.top_k_per_head is None:
+            after = replace(after, top_k_per_head=before.top_k_per_head)
+    return write_settings(after) if before == after else None
 
 
 def _check(model: Any) -> None:

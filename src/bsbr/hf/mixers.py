@@ -118,11 +118,12 @@ def write_settings(settings: MixerConfig) -> dict[str, Any]:
     return settings.to_dict() | {"mixer": name}
 
 
-def read_settings(values: Mapping[str, Any] | None) -> tuple[Mixer, Any]:
+def read_settings(values: Mapping[str, Any] | None, layer: int | None = None) -> tuple[Mixer, Any]:
     """Return the mixer and its settings from what a model's config keeps.
 
     Args:
         values: as from `write_settings`; None means BSBR with its defaults, a missing name BSBR.
+        layer: number of the layer whose settings are wanted; None means the whole model's.
     Returns:
         The row of `MIXERS`, and the settings.
     Raises:
@@ -135,19 +136,25 @@ def read_settings(values: Mapping[str, Any] | None) -> tuple[Mixer, Any]:
     if not isinstance(values or {}, Mapping):
         raise UserError(f"the model's bsbr settings are not valid: expected a table, got {values!r}")
     try:
-        return _read(tuple(values.items()) if values else ())
+        return _read(tuple((name, _frozen(value)) for name, value in values.items()) if values else (), layer)
     except TypeError as error:  # a list or table cannot be looked up, and is no setting either
         raise UserError(f"the model's bsbr settings are not valid: {error}") from error
 
 
+def _frozen(value: Any) -> Any:
+    """A list, as JSON gives it, as a tuple, which a cache can look up."""
+    return tuple(_frozen(x) for x in value) if isinstance(value, list | tuple) else value
+
+
 @lru_cache(maxsize=256)  # called by every layer at every step
-def _read(items: tuple[tuple[str, Any], ...]) -> tuple[Mixer, Any]:
+def _read(items: tuple[tuple[str, Any], ...], layer: int | None) -> tuple[Mixer, Any]:
     values = dict(items)
     name = values.pop("mixer", "bsbr")
     if name not in MIXERS:
         raise UserError(f"unknown mixer {name!r}: expected one of {', '.join(MIXERS)}")
     try:
-        return MIXERS[name], MIXERS[name].config.from_dict(values)
+        settings = MIXERS[name].config.from_dict(values)
+        return MIXERS[name], settings if layer is None or name != "bsbr" else settings.of_layer(layer)
     except (TypeError, ValueError) as error:
         raise UserError(f"the model's bsbr settings are not valid: {error}") from error
 

@@ -9,6 +9,7 @@ from bsbr.config import BSBRConfig
 from bsbr.ops.chunked import chunked_attention
 from bsbr.ops.native.forward import why_not_native
 from bsbr.ops.reference import reference_attention
+from bsbr.ops.shares import Share, join_shares, shares_of, take_share
 from bsbr.ops.summaries import UNCALIBRATED
 from bsbr.ops.tiles import Dropout
 from bsbr.ops.triton.problem import why_not_triton
@@ -76,7 +77,8 @@ def bsbr_attention(
     Source: docs/method.md; `bsbr.ops.reference` is the definition.
 
     1. The own block of `block_size` tokens is read exactly and causally.
-    2. The `top_k` past blocks of largest estimated mass are read exactly, chosen by each query for itself.
+    2. The `top_k` past blocks of largest estimated mass are read exactly, chosen by each query for itself; with
+       `top_k_per_head`, as many as its key head reads.
     3. Every other past block is one entry made of its mean key, key variance, mean value and first-order state.
 
     A block is summarised and retrieved only when it is complete and lies before the own block. Where `top_k` covers
@@ -92,8 +94,8 @@ def bsbr_attention(
         q_start: position of the first query; q_start + Tq equals T.
         lengths: real keys of each row, [B] integers; what comes later is padding. None means T.
         calibration: five scalars a head in the order of `CALIBRATION`, [HQ, 5]; None means uncalibrated.
-        block_indices: blocks to read instead of those of largest mass, [B, Tq, HQ, top_k], ascending;
-            padded with -1 where fewer are past.
+        block_indices: blocks to read instead of those of largest mass, [B, Tq, HQ, max_top_k], ascending;
+            padded with -1 where fewer are past or the head reads fewer.
         dropout_p: probability of dropping an attention weight, as in training; not for "reference".
         backend: "auto", "triton" (kernels for NVIDIA GPUs), "native" (compiled C: CPU, float32), "chunked" (linear
             memory, any device) or "reference" (float64, quadratic).
@@ -110,6 +112,20 @@ def bsbr_attention(
         torch.Size([1, 300, 4, 16])
     """
     _check(q, k, v, config, q_start, lengths, calibration, block_indices)
+    if config.top_k_per_head is not None and backend != "reference":
+        parts = [
+            bsbr_attention(
+                take_share(q, share.heads, k.shape[2]), take_share(k, share.heads, k.shape[2]),
+                take_share(v, share.heads, k.shape[2]), share.config, scale=scale, q_start=q_start, lengths=lengths,
+                calibration=None if calibration is None else take_share(calibration, share.heads, k.shape[2], 0),
+                block_indices=_of_share(block_indices, share, k.shape[2]), dropout_p=dropout_p, backend=backend,
+                return_lse=True,
+            )
+            for share in shares_of(config)
+        ]  # fmt: skip
+        heads = [share.heads for share in shares_of(config)]
+        o, lse = (join_shares(each, heads) for each in zip(*parts, strict=True))
+        return (o, lse) if return_lse else o
     name, _ = resolve_backend(backend, q, k, v, config, q_start=q_start, dropout_p=dropout_p)
     wide = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -147,6 +163,12 @@ def bsbr_attention(
     return (o, lse) if return_lse else o
 
 
+def _of_share(block_indices: Tensor | None, share: Share, key_heads: int) -> Tensor | None:
+    if block_indices is None:
+        return None
+    return take_share(block_indices, share.heads, key_heads)[..., : share.config.top_k]
+
+
 def _check(
     q: Tensor,
     k: Tensor,
@@ -178,6 +200,8 @@ def _check(
         raise ValueError(f"lengths must be [{q.shape[0]}], got {list(lengths.shape)}")
     if calibration is not None and calibration.shape != (q.shape[2], 5):
         raise ValueError(f"calibration must be [{q.shape[2]}, 5], got {list(calibration.shape)}")
-    expected = (*q.shape[:3], config.top_k)
+    if config.top_k_per_head is not None and len(config.top_k_per_head) != k.shape[2]:
+        raise ValueError(f"top_k_per_head must have {k.shape[2]} numbers, got {len(config.top_k_per_head)}")
+    expected = (*q.shape[:3], config.max_top_k)
     if block_indices is not None and block_indices.shape != expected:
         raise ValueError(f"block_indices must be {list(expected)}, got {list(block_indices.shape)}")

@@ -37,10 +37,14 @@ def check_mode(config: BSBRConfig, mode: Mode) -> None:
         raise ValueError(
             f'a BSBR cache keeps no state="{config.state}": use state="global" or transformers\' own cache'
         )
-    if mode == "states" and (config.top_k or config.dense_below > config.block_size):
+    if mode == "states" and (config.max_top_k or config.dense_below > config.block_size):
         raise ValueError(
             'cache "states" keeps no past keys and values, which '
-            + (f"top_k {config.top_k} reads" if config.top_k else f"dense_below {config.dense_below} reads")
+            + (
+                f"top_k {config.top_k} reads"
+                if config.top_k or config.top_k_per_head
+                else f"dense_below {config.dense_below} reads"
+            )
             + ': convert with top_k 0 and dense_below 0, or use cache "full" or "offload"'
         )
 

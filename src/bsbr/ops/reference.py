@@ -26,7 +26,8 @@ def reference_attention(
     past block b of n keys with mean key mu, key variance var, mean value vbar and centred state F:
 
     1. The block's log-mass is estimated as m_b = log n + a + sigma q.mu + lambda/2 (q*q).var.
-    2. The `top_k` past blocks of largest m are read exactly, ties to the lower index; the own local block too.
+    2. The `top_k` past blocks of largest m are read exactly (`top_k_per_head` of them where that is given), ties to
+       the lower index; the own local block too.
     3. Every other past block is one entry of log-mass m_b and value gamma vbar_b + beta q^T Fbar.
     4. One softmax runs over the exact keys and the entries together.
 
@@ -43,7 +44,7 @@ def reference_attention(
         block_indices: the selection to use instead of step 2, [B, Tq, HQ, S], padded with -1.
     Returns:
         o [B, Tq, HQ, Dv] float64, lse [B, Tq, HQ] float64 (-inf and o = 0 for padded queries), and the
-        block_indices used [B, Tq, HQ, top_k] int64, ascending, padded with -1.
+        block_indices used [B, Tq, HQ, max_top_k] int64, ascending, padded with -1.
 
     Example:
         >>> q = torch.randn(1, 9, 2, 4)
@@ -114,15 +115,18 @@ def _columns(calibration: Tensor | None, num_heads: int, like: Tensor) -> list[T
 
 
 def _select(mass: Tensor, config: BSBRConfig, group: int) -> Tensor:
-    """The `top_k` past blocks of largest mass, ties to the lower index: [B, Tq, HQ, top_k], padded with -1."""
+    """The past blocks of largest mass, ties to the lower index: [B, Tq, HQ, max_top_k], padded with -1."""
     if config.selection == "group":  # the heads of a key head agree on the largest of their block probabilities
         share = (mass - mass.logsumexp(-1, keepdim=True)).nan_to_num(nan=-math.inf)
         mass = share.unflatten(1, (-1, group)).amax(2).repeat_interleave(group, 1)
-    count = min(config.top_k, mass.shape[-1])
-    value, index = mass.sort(dim=-1, descending=True, stable=True)
-    index = index[..., :count].masked_fill(value[..., :count] == -math.inf, mass.shape[-1]).sort(-1).values
+    count = min(config.max_top_k, mass.shape[-1])
+    value, index = (x[..., :count] for x in mass.sort(dim=-1, descending=True, stable=True))
+    per_head = torch.tensor(config.top_k_per_head or [config.top_k], device=mass.device)
+    per_head = per_head.repeat_interleave(mass.shape[1] // len(per_head))[:, None, None]  # [HQ, 1, 1]
+    none = (value == -math.inf) | (torch.arange(count, device=mass.device) >= per_head)
+    index = index.masked_fill(none, mass.shape[-1]).sort(-1).values
     index = torch.where(index == mass.shape[-1], -1, index)
-    return torch.nn.functional.pad(index, (0, config.top_k - count), value=-1).transpose(1, 2)
+    return torch.nn.functional.pad(index, (0, config.max_top_k - count), value=-1).transpose(1, 2)
 
 
 def _one_hot(block_indices: Tensor, num_blocks: int) -> Tensor:

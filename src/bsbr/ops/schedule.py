@@ -103,5 +103,6 @@ def dense_until(config: BSBRConfig) -> int:
         >>> dense_until(BSBRConfig(block_size=128, top_k=2, dense_below=0))
         384
     """
-    full = (config.top_k * config.unit // config.block_size + 1) * config.block_size
+    least = config.top_k if config.top_k_per_head is None else min(config.top_k_per_head)
+    full = (least * config.unit // config.block_size + 1) * config.block_size
     return max(config.dense_below, full)
