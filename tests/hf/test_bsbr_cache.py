@@ -22,6 +22,13 @@ CONFIGS = [
     pytest.param(BSBRConfig(dense_below=29, block_size=B, retrieval_block_size=4, top_k=3, selection="group"), "full",
                  id="units"),
     pytest.param(BSBRConfig(dense_below=0, block_size=B, top_k=2, far="drop"), "full", id="moba"),
+    *(
+        pytest.param(
+            BSBRConfig(dense_below=0, block_size=B, retrieval_block_size=4, top_k_per_head=((0, 3), (9, 1))), mode,
+            id=f"per head {mode}",
+        )
+        for mode in ("full", "offload")
+    ),
 ]  # fmt: skip
 
 

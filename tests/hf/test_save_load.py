@@ -4,6 +4,7 @@ import json
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,6 +34,20 @@ def test_round_trip_is_exact(family, config, tiny, tokens, logits, tmp_path):
     ids = tokens(1, 50)
     assert torch.equal(logits(loaded, ids), logits(converted, ids))
     assert torch.equal(logits(revert(loaded), ids), logits(tiny(family), ids))
+
+
+def test_numbers_of_blocks_per_head_are_saved_and_kept(tiny, tokens, logits, tmp_path):
+    rows = ((0, 3), None)
+    converted = convert(tiny("llama"), replace(SPARSE, top_k_per_head=rows))
+    converted.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.bsbr["top_k_per_head"] == rows
+    ids = tokens(1, 50)
+    assert torch.equal(logits(loaded, ids), logits(converted, ids))
+    assert not torch.equal(logits(loaded, ids), logits(convert(tiny("llama"), SPARSE), ids))
+    longer = convert(loaded, replace(SPARSE, dense_below=20))  # differs in dense_below alone
+    assert longer.config.bsbr["top_k_per_head"] == rows
+    assert convert(loaded, replace(SPARSE, top_k=2)).config.bsbr["top_k_per_head"] is None
 
 
 def test_a_second_generation_is_the_same(tiny, tokens, logits, tmp_path):

@@ -17,6 +17,7 @@ from bsbr.peers import ValueOnlyConfig
 from bsbr.training.calibrate import calibrate
 from bsbr.training.calibration_fit import attention_output, fit_scalars
 from bsbr.training.calibration_sample import Sample, sample_positions, take_sample
+from bsbr.training.held_out import compare_models
 
 CONFIG = BSBRConfig(dense_below=0, block_size=8, top_k=1)
 
@@ -168,18 +169,64 @@ def test_heads_that_share_keys_and_prompts_that_stay_exact(dense_below: int) -> 
 
 
 @pytest.mark.parametrize("repeats", [4, 400])  # a text tokenised whole, and one of which parts are
-def test_a_text_is_tokenised_with_the_models_tokenizer(repeats: int) -> None:
+def test_a_text_is_tokenised_with_the_models_tokenizer(repeats: int, monkeypatch: pytest.MonkeyPatch) -> None:
     documents = ["The quick brown fox jumps over the lazy dog, again and again. " * repeats] * 3
     tokenizer = train_tokenizer(documents, 300)
     model = convert(gpt2(), CONFIG)
+    monkeypatch.setattr("bsbr.training.calibrate._accept", lambda *_: None)  # random weights gain by chance only
     calibrate(model, "\n<|endoftext|>\n".join(documents), tokenizer=tokenizer, tokens=512, queries_per_head=32, steps=5)
     assert not torch.equal(scalars(model)[0, 0], torch.tensor(UNCALIBRATED))
 
 
+def blind_to_the_past(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """The first layer looks at everything alike, which its summaries already know: no block is worth reading there."""
+    model.transformer.h[0].attn.c_attn.weight.data[:, :32] = 0
+    model.transformer.h[0].attn.c_attn.bias.data[:32] = 0
+    return model
+
+
+def test_blocks_go_to_the_heads_that_need_them() -> None:
+    config = BSBRConfig(dense_below=0, block_size=8, top_k=2)
+    original = blind_to_the_past(gpt2()).eval()
+    models = {
+        name: calibrate(
+            convert(original, config), tokens(16), queries_per_head=128, steps=20, spread_top_k=name == "spread"
+        )
+        for name in ("spread", "uniform")
+    }
+    rows = models["spread"].config.bsbr["top_k_per_head"]
+    assert rows[0] == (0, 0)
+    assert sum(rows[1]) == 2 * 4  # two layers of two heads with a mean of two
+    assert models["uniform"].config.bsbr["top_k_per_head"] is None
+    text = torch.randint(300, (8, 128), generator=torch.Generator().manual_seed(2))
+    found = compare_models(original, models, text)
+    assert found["spread"]["kl"] < found["uniform"]["kl"]
+
+
+def test_where_the_far_field_is_dropped_blocks_are_spread_and_nothing_else() -> None:
+    model = convert(gpt2(), BSBRConfig(dense_below=0, block_size=8, top_k=2, far="drop"))
+    calibrate(model, tokens(16), queries_per_head=128, steps=5)
+    rows = model.config.bsbr["top_k_per_head"]
+    assert len({count for row in rows for count in row}) > 1
+    assert sum(map(sum, rows)) <= 2 * 4
+    assert torch.equal(scalars(model), torch.tensor(UNCALIBRATED).expand(2, 2, 5))
+
+
+def test_what_does_not_help_on_text_left_out_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    worse = {"calibrated": {"kl": 0.2}, "uncalibrated": {"kl": 0.1}}
+    monkeypatch.setattr("bsbr.training.calibrate.compare_models", lambda *_: worse)
+    model = convert(gpt2(), CONFIG)
+    with pytest.warns(UserWarning, match=r"did not help on held-out text \(KL 0.2 nats, 0.1 without\)"):
+        calibrate(model, tokens(), queries_per_head=64, steps=5)
+    assert torch.equal(scalars(model), torch.tensor(UNCALIBRATED).expand(2, 2, 5))
+    assert model.config.bsbr["top_k_per_head"] is None
+
+
 def test_what_cannot_be_calibrated_is_refused() -> None:
     model = convert(gpt2(), CONFIG)
+    dropped = convert(gpt2(), BSBRConfig(dense_below=0, block_size=8, far="drop"))
     with pytest.raises(UserError, match="no far field"):
-        calibrate(convert(gpt2(), BSBRConfig(dense_below=0, block_size=8, far="drop")), tokens())
+        calibrate(dropped, tokens(), spread_top_k=False)
     for other in (gpt2(), convert(gpt2(), ValueOnlyConfig())):
         with pytest.raises(UserError, match="no scalars to calibrate"):
             calibrate(other, tokens())
@@ -203,7 +250,7 @@ def test_an_interruption_leaves_the_model_usable(monkeypatch: pytest.MonkeyPatch
         raise KeyboardInterrupt
 
     model = convert(gpt2(), CONFIG)
-    monkeypatch.setattr("bsbr.training.calibrate.fit_scalars", interrupt)
+    monkeypatch.setattr("bsbr.training.calibration_layer.fit_scalars", interrupt)
     with pytest.raises(KeyboardInterrupt):
         calibrate(model, tokens())
     assert model.config._attn_implementation == "bsbr"

@@ -31,7 +31,7 @@ def attention_output(sample: Sample, config: BSBRConfig, calibration: Tensor) ->
 
     Args:
         sample: from `take_sample`.
-        config: the settings, with a far field.
+        config: the settings.
         calibration: [HQ, 5].
     Returns:
         [W, HQ, S, Dv].
@@ -39,6 +39,8 @@ def attention_output(sample: Sample, config: BSBRConfig, calibration: Tensor) ->
     gamma, beta = calibration[:, None, None, 3:].unbind(-1)  # [HQ, 1, 1] each, for [W, HQ, S, Dv]
     mass = _mass(config, calibration, sample.mean_score, sample.var_score) + sample.past
     lse, exact_o, read = _exact_fields(sample, config, mass.detach())
+    if config.far == "drop":
+        return exact_o
     far = mass if read is None else mass.scatter(2, read.mT, -math.inf)
     total = torch.logaddexp(lse, far.logsumexp(2))
     weights = (far - total[:, :, None]).exp()  # [W, HQ, N, S]
@@ -152,4 +154,4 @@ def _choose(mass: Tensor, config: BSBRConfig, key_heads: int) -> Tensor:
     if config.selection == "group":
         share = (mass - mass.logsumexp(2, keepdim=True)).unflatten(1, (key_heads, -1))
         mass = share.amax(2, keepdim=True).expand_as(share).flatten(1, 2)
-    return mass.mT.topk(config.top_k, dim=-1, sorted=False).indices
+    return mass.mT.topk(min(config.top_k, mass.shape[2]), dim=-1, sorted=False).indices
