@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-
 from benchmarks.block_summaries import BLOCK, Layer, clusters, table
 from benchmarks.error_table import errors, estimate, kinds, truth
+
 from bsbr import BSBRConfig
 from bsbr.ops import UNCALIBRATED, reference_attention
 
