@@ -163,7 +163,7 @@ def measure(model: PreTrainedModel, ids: Tensor, args: argparse.Namespace) -> li
                 rows += [
                     {
                         "layer": number, "head": head, "kind": kind[head], "summary": name, "calibrated": fitted,
-                        "bytes_per_token": 4 * entries.numbers * (not method.drops) / method.unit,
+                        "bytes_per_token": 4 * entries.numbers / method.unit / (2 if method.drops else 1)  # to choose: mean keys,
                         **{metric: values[head].item() for metric, values in found.items()},
                     }
                     for head in range(len(kind))
@@ -177,7 +177,12 @@ def markdown(rows: list[dict[str, Any]], title: str) -> str:
     heads = len({(row["layer"], row["head"]) for row in rows})
     counts = {name: len({(r["layer"], r["head"]) for r in rows if r["kind"] == name}) for name in names}
     columns = ["summary", "calibrated", "bytes per token", f"all {heads}", *(f"{n} {counts[n]}" for n in names)]
-    lines = [f"# {title}", "", "Relative error of the attention output / error of the log-mass of a block, nats.", ""]
+    lines = [
+        f"# {title}",
+        "",
+        "Relative error of the attention output / error of the log-mass of a block, nats. Bytes are those of one key head.",
+        "",
+    ]
     lines += [f"| {' | '.join(columns)} |", "|---|---|---:" + "|---:" * (len(columns) - 3) + "|"]
     for name, fitted in dict.fromkeys((row["summary"], row["calibrated"]) for row in rows):
         mine = [row for row in rows if (row["summary"], row["calibrated"]) == (name, fitted)]

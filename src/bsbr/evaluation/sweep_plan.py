@@ -93,8 +93,10 @@ def _batches(
 ) -> Iterator[Batch]:
     taken = 0
     for document in documents:
+        if taken == config.documents:
+            break
         (windows,) = cut([document])
-        if not windows or taken == config.documents:
+        if not windows:
             continue
         step = max(1, config.batch_tokens // length)
         for first in range(0, len(windows), step):
