@@ -154,6 +154,8 @@ def measure(model: PreTrainedModel, ids: Tensor, args: argparse.Namespace) -> li
             top_k = args.top_k * BLOCK // method.unit
             with torch.no_grad():
                 entries, exact = method.make(layer, method.unit), truth(layer, method.unit)
+            # without a far field the mean keys alone are kept, to choose by
+            size = 4 * entries.numbers / method.unit / (2 if method.drops else 1)
             fits = {"no": torch.tensor(UNCALIBRATED).repeat(len(kind), 1)}
             if not method.drops:
                 fits["yes"] = calibrated(entries, exact, top_k)
@@ -163,7 +165,7 @@ def measure(model: PreTrainedModel, ids: Tensor, args: argparse.Namespace) -> li
                 rows += [
                     {
                         "layer": number, "head": head, "kind": kind[head], "summary": name, "calibrated": fitted,
-                        "bytes_per_token": 4 * entries.numbers / method.unit / (2 if method.drops else 1)  # to choose: mean keys,
+                        "bytes_per_token": size,
                         **{metric: values[head].item() for metric, values in found.items()},
                     }
                     for head in range(len(kind))
@@ -180,7 +182,7 @@ def markdown(rows: list[dict[str, Any]], title: str) -> str:
     lines = [
         f"# {title}",
         "",
-        "Relative error of the attention output / error of the log-mass of a block, nats. Bytes are those of one key head.",
+        "Relative error of the attention output / error of the log-mass of a block, nats; bytes of one key head.",
         "",
     ]
     lines += [f"| {' | '.join(columns)} |", "|---|---|---:" + "|---:" * (len(columns) - 3) + "|"]
