@@ -8,7 +8,6 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,67 +16,59 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from bsbr import BSBRConfig, calibrate, convert
 from bsbr.data.text import read_documents, read_text, text_digest
 from bsbr.errors import UserError
-from bsbr.evaluation.agreement import compare, read_teacher
+from bsbr.evaluation.fidelity import (
+    METRICS,
+    compare_predictions,
+    position_buckets,
+    predict,
+    spread_windows,
+    sum_by_position,
+)
 from bsbr.evaluation.provenance import describe_model, header, texts_digest
 from bsbr.evaluation.rows import row
 from bsbr.evaluation.statistics import Estimate, paired_bootstrap, ratio_mean, transformed
 from bsbr.files import write_json
 from bsbr.hf import load_model, load_tokenizer
 
-METRICS = ("top1_agreement", "kl", "nll")
-ROWS = 1024
-"""Positions whose predictions are held at once."""
-
-
-def cut(documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int, per_document: int) -> list[list[Tensor]]:
-    """Take windows spread evenly over each document; a document shorter than one window gives none."""
-    windows = []
-    for document in documents:
-        ids = torch.tensor(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
-        count = min(per_document, len(ids) // length)
-        starts = [int((i + 0.5) / count * (len(ids) - length)) for i in range(count)]
-        windows.append([ids[start : start + length] for start in starts])
-    return windows
-
-
-def predictions(model: PreTrainedModel, window: Tensor, after: int) -> Iterator[Tensor]:
-    """Logits of the positions from `after` on, but for the last, a part at a time."""
-    hidden = model.base_model(input_ids=window[None], use_cache=False).last_hidden_state[0, after:-1]
-    return (model.get_output_embeddings()(rows) for rows in hidden.split(ROWS))
+Ranges = dict[str, tuple[int, int]]
 
 
 @torch.no_grad()
-def measure(models: dict[str, PreTrainedModel], windows: list[list[Tensor]], after: int) -> dict[str, Any]:
-    """Sum each metric of each model over the scored positions of each document, in float64."""
-    sums = {name: torch.zeros(len(METRICS), len(windows), dtype=torch.float64) for name in models}
-    counts = torch.tensor([sum(len(window) - 1 - after for window in own) for own in windows])
+def measure(models: dict[str, PreTrainedModel], windows: list[list[Tensor]], ranges: Ranges) -> dict[str, Any]:
+    """Sum each metric of each model over ranges of positions of each document, in float64."""
+    empty = {"n": 0.0} | dict.fromkeys(METRICS, 0.0)
+    sums = {name: {bucket: [dict(empty) for _ in windows] for bucket in ranges} for name in models}
     todo = [(i, window) for i, own in enumerate(windows) for window in own]
     for document, window in track(todo, "windows", console=Console(stderr=True)):
         window = window.to(models["original"].device)
-        parts = [predictions(model, window, after) for model in models.values()]
-        for targets, *logits in zip(window[after + 1 :].split(ROWS), *parts, strict=True):
-            teacher = read_teacher(logits[0], targets)
-            for name, found in zip(models, logits, strict=True):
-                compared = compare(teacher, found)
-                sums[name][:, document] += torch.stack([compared[metric].sum() for metric in METRICS]).cpu()
-    return {"counts": counts.tolist(), "sums": {name: x.tolist() for name, x in sums.items()}}
+        original = predict(models["original"], window[None], 0)
+        for name, model in models.items():
+            compared = compare_predictions(original, predict(model, window[None], 0), window[1:])
+            for bucket, found in sum_by_position(compared, 1, ranges).items():
+                for metric, total in found.items():
+                    sums[name][bucket][document][metric] += total
+    return {name: {bucket: columns(rows) for bucket, rows in of.items()} for name, of in sums.items()}
 
 
-def estimates(measured: dict[str, Any], name: str) -> dict[str, Estimate]:
-    """The figures of one model, with intervals clustered by document."""
-    counts = measured["counts"]
-    sums = dict(zip(METRICS, measured["sums"][name], strict=True))
-    original = measured["sums"]["original"][METRICS.index("nll")]
+def columns(rows: list[dict[str, float]]) -> dict[str, list[float]]:
+    """Turn a dict for each document into a list over documents for each metric."""
+    return {metric: [row[metric] for row in rows] for metric in rows[0]}
+
+
+def estimates(measured: dict[str, Any], name: str, bucket: str) -> dict[str, Estimate]:
+    """The figures of one model over a range of positions, with intervals clustered by document."""
+    sums, original = measured[name][bucket], measured["original"][bucket]
+    counts = sums["n"]
     return {
         "top1_agreement": ratio_mean(sums["top1_agreement"], counts),
         "kl": ratio_mean(sums["kl"], counts),
         "perplexity": transformed(ratio_mean(sums["nll"], counts), math.exp),
-        "ppl_ratio": paired_bootstrap(original, sums["nll"], counts, statistic="exp_difference"),
+        "ppl_ratio": paired_bootstrap(original["nll"], sums["nll"], counts, statistic="exp_difference"),
     }
 
 
@@ -111,13 +102,16 @@ def make_models(original: PreTrainedModel, args: argparse.Namespace) -> tuple[BS
     return config, {"original": original} | {name: convert(original, its) for name, its in settings.items()}
 
 
-def make_rows(measured: dict[str, Any], where: dict[str, int]) -> tuple[list[dict[str, Any]], Table]:
-    """The result file's rows, and a table of them."""
+def make_rows(measured: dict[str, Any], args: argparse.Namespace, ranges: Ranges) -> tuple[list[dict[str, Any]], Table]:
+    """The result file's rows, by range of positions, and a table of the first range."""
     rows, table = [], Table("", "top-1", "KL", "perplexity")
     units = {"top1_agreement": "share", "kl": "nats", "perplexity": "perplexity", "ppl_ratio": "ratio"}
-    for name in measured["sums"]:
-        found = estimates(measured, name)
-        rows += [row("fidelity", metric, name, where, found[metric], unit) for metric, unit in units.items()]
+    for name in measured:
+        for bucket in ranges:
+            found = estimates(measured, name, bucket)
+            where = {"length": args.length, "bucket": bucket}
+            rows += [row("fidelity", metric, name, where, found[metric], unit) for metric, unit in units.items()]
+        found = estimates(measured, name, next(iter(ranges)))
         top1, kl, ratio = found["top1_agreement"], found["kl"], found["ppl_ratio"]
         table.add_row(
             name,
@@ -133,7 +127,7 @@ def main() -> None:
     args = arguments()
     original, tokenizer = load_model(args.model).to(args.device), load_tokenizer(args.model)
     documents, calibration_text = read_documents(args.text), read_text(args.calibration_text)
-    windows = cut(documents, tokenizer, args.length, args.windows)
+    windows = spread_windows(tokenizer, documents, args.length, args.windows)
     if sum(map(bool, windows)) < 2:
         raise UserError(f"{args.text.name}: two documents of {args.length} tokens are needed. Lower --length")
     config, models = make_models(original, args)
@@ -146,8 +140,9 @@ def main() -> None:
     start = time.perf_counter()
     calibrate(models["converted"], calibration_text, tokenizer=tokenizer, progress=True, **chosen)
     calibration_s = time.perf_counter() - start
-    measured = measure(models, windows, args.after)
-    rows, table = make_rows(measured, {"length": args.length, "positions_from": args.after})
+    ranges = position_buckets(args.length, first=args.block_size, after=args.after)
+    measured = measure(models, windows, ranges)
+    rows, table = make_rows(measured, args, ranges)
     head = header(
         status="complete",
         command=["python", "-m", "benchmarks.fidelity", *sys.argv[1:]],
@@ -161,7 +156,7 @@ def main() -> None:
             "positions_from": args.after,
             "windows": sum(map(len, windows)),
             "windows_per_document": args.windows,
-            "positions": sum(measured["counts"]),
+            "positions": int(sum(measured["original"][next(iter(ranges))]["n"])),
             "calibration": chosen | {"seconds": round(calibration_s, 1)},
         },
         config=config.to_dict(),

@@ -82,6 +82,48 @@ def test_evaluate_writes_the_published_files_and_a_report(tiny, tmp_path, capsys
     assert "--resume" in capsys.readouterr().err
 
 
+def sweep(tiny, output, *more):
+    return [
+        "evaluate", str(tiny / "model"), "--sweep", "--text", str(tiny / "text.txt"), "--calibrate",
+        str(tiny / "text.txt"), "--output", str(output), "--block-size", "16", "--budgets", "16,32", "--units", "16,8",
+        "--lengths", "96", "--repeats", "2", "--calibration-tokens", "96", "--calibration-queries", "8", *more,
+    ]  # fmt: skip
+
+
+def test_a_sweep_writes_its_file_plots_and_report(tiny, tmp_path, capsys):
+    assert main(sweep(tiny, tmp_path / "r")) == 0
+    names = {path.name for path in (tmp_path / "r").iterdir()}
+    plots = {"quality_vs_density.png", "kl_vs_time.png", "kl_by_position.png"}
+    assert names == plots | {"sweep.json", "sweep_records.jsonl", "report.html", "summary.md"}
+    content = json.loads((tmp_path / "r" / "sweep.json").read_text())
+    assert content["status"] == "complete"
+    assert content["config"]["units"] == [8, 16]
+    assert content["protocol"]["calibration"]["tokens"] == 96
+    assert "oracle" in capsys.readouterr().out
+    assert main(sweep(tiny, tmp_path / "r", "--resume")) == 0
+    again = json.loads((tmp_path / "r" / "sweep.json").read_text())
+    assert again["digest"] == content["digest"]
+    assert main(sweep(tiny, tmp_path / "r")) == 2
+    assert "holds an earlier run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        (("--top-k", "4"), "--top-k: a sweep has --budgets"),
+        (("--budgets", "12"), "no multiple of the retrieval block"),
+        (("--lengths", "48"), "is read exactly"),
+        (("--lengths", "4096"), "128 positions"),
+        (("--far", "drop"), "MoBA"),
+    ],
+)
+def test_a_sweep_refuses_what_makes_no_sense_in_one_line(tiny, tmp_path, capsys, more, match):
+    assert main(sweep(tiny, tmp_path / "r", *more)) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert match in said[-1]
+    assert said[-1].startswith("bsbr: error:")
+
+
 def test_convert_saves_what_transformers_loads(tiny, tmp_path):
     text = str(tiny / "text.txt")
     made = [

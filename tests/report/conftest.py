@@ -223,12 +223,41 @@ def agreement(name: str, note: str) -> dict:
     return document(rows, name, note, histograms=histograms)
 
 
+def sweep(name: str, note: str) -> dict:
+    """sweep.json."""
+    harm = {"converted": 1.0, "uncalibrated": 2.4, "moba": 2.0, "window": 60.0, "oracle": 0.5, "random": 20.0}
+    rows = []
+    for length in (2048, 8192):
+        rows.append(row("sweep", "time_s", "original", length * 1e-4, length * 1e-6, length=length))
+        rows.append(row("sweep", "time_s", "value_only", length * 2e-5, length * 1e-6, length=length))
+        for unit, budget in ((128, 256), (32, 256), (128, 1024)):
+            point = {"length": length, "retrieval_block_size": unit, "top_k": budget // unit}
+            main = f"{length // 4}-{length}"
+            rows.append(row("sweep", "keys_read", "all_methods", (64 + budget) / length, bucket=main, **point))
+            for kind, factor in harm.items():
+                if kind in ("converted", "moba", "window"):
+                    time = length * (3e-5 + 1e-8 * budget + 3e-7 * (128 // unit))
+                    rows.append(row("sweep", "time_s", kind, time, 0.02 * time, **point))
+                    rows.append(row("sweep", "speedup", kind, length * 1e-4 / time, 0.03, **point))
+                for low, high in ((length // 4, length), (0, 256), (256, 1024), (1024, length)):
+                    place = {"text": "book", "bucket": f"{low}-{high}", **point}
+                    kl = 0.0 if high == 256 else 0.02 * factor * (unit / 128) ** 0.5 * 256 / budget
+                    rows.append(row("sweep", "kl", kind, kl, 0.2 * kl, **place))
+                    rows.append(row("sweep", "top1_agreement", kind, math.exp(-2 * kl), 0.005, **place))
+                    rows.append(row("sweep", "ppl_ratio", kind, 1 + 1.3 * kl, 0.2 * kl, **place))
+        for low, high in ((length // 4, length), (0, 256), (256, 1024), (1024, length)):
+            place = {"text": "book", "length": length, "bucket": f"{low}-{high}"}
+            rows.append(row("sweep", "perplexity", "original", 38.7, 1.1, **place))
+    return document(rows, name, note)
+
+
 FILES = {
     "scaling_results": speed,
     "scaling_exponents": exponents,
     "quality_results_wikitext": perplexity,
     "similarity_metrics": similarity,
     "agreement_rates": agreement,
+    "sweep": sweep,
 }
 
 

@@ -29,13 +29,14 @@ PUBLISHED = {
     "metrics_distribution.png",
     "agreement_rates.png",
 }
+SWEPT = {"quality_vs_density.png", "kl_vs_time.png", "kl_by_position.png"}
 
 
 def test_every_published_plot_is_drawn_beside_the_page_and_the_summary(rendered: Path) -> None:
     written = {path.name for path in rendered.iterdir()} - {f"{name}.json" for name in SECTIONS}
-    assert written == PUBLISHED | {"report.html", "summary.md"}
-    assert set(PLOTS) == set(CAPTIONS) == PUBLISHED
-    assert all((rendered / name).read_bytes().startswith(PNG) for name in PUBLISHED)
+    assert written == PUBLISHED | SWEPT | {"report.html", "summary.md"}
+    assert set(PLOTS) == set(CAPTIONS) == PUBLISHED | SWEPT
+    assert all((rendered / name).read_bytes().startswith(PNG) for name in PUBLISHED | SWEPT)
 
 
 def test_render_names_the_files_it_wrote_and_leaves_no_other(sample: Sample, tmp_path: Path) -> None:
@@ -113,6 +114,50 @@ def test_the_verdict_states_the_figures_of_the_files(rendered: Path) -> None:
     assert "0.40 % with the published additive design" in text
     assert re.search(r"from 2,048 tokens on it is 1\.\d\d. as fast as the original, rising to 8\.\d\d. at 32,768", text)
     assert found.figures[0].label == "same next token"
+
+
+def test_a_sweep_alone_is_a_report_of_its_points(sample: Sample, tmp_path: Path) -> None:
+    folder = sample(tmp_path / "r", ("sweep",))
+    written = {path.name for path in render(folder)}
+    assert written == SWEPT | {"report.html", "summary.md"}
+    results = load(folder)
+    (sentence,) = verdict(results).sentences
+    assert sentence.startswith("With 3.9 % of the keys read (book, windows of 8,192 tokens, 8 blocks of 32)")
+    assert "0.0100 (converted)" in sentence
+    assert "0.600 (window)" in sentence
+    main = [table for table in tables(results)["sweep"] if not table.minor]
+    assert [table.title for table in main] == [
+        "Book, windows of 2,048 tokens, positions 512-2048",
+        "Book, windows of 8,192 tokens, positions 2048-8192",
+    ]
+    rows = [[cell.text for cell in row] for row in main[1].rows]
+    assert len(rows) == 2 + 3 * 6
+    converted = [row for row in rows if row[0] == "converted"]
+    assert [row[1] for row in converted] == ["8 of 32", "2 of 128", "8 of 128"]
+    assert [row[2] for row in converted] == ["3.9 %", "3.9 %", "13.3 %"]
+    assert [row[3] for row in converted] == ["0.0100", "0.0200", "0.00500"]
+    assert [row[6] for row in rows if row[0].startswith("oracle")] == ["a control"] * 3
+    summary = (folder / "summary.md").read_text()
+    assert "## Book, windows of 8,192 tokens" in summary
+    assert "| converted | 8 of 32 | 3.9 % | 0.0100" in summary
+
+
+def test_a_collapse_at_late_positions_stands_in_the_tables(edit: Edit, sample: Sample, tmp_path: Path) -> None:
+    def collapse(document: dict) -> None:
+        for row in document["rows"]:
+            if row["metric"] == "kl" and row["slice"]["bucket"] == "1024-8192" and row["variant"] == "converted":
+                row |= {"value": 7.77, "ci_low": 7.0, "ci_high": 8.0}
+
+    results = load(edit(sample(tmp_path / "r", ("sweep",)), "sweep", collapse))
+    found = [
+        cell.text
+        for table in tables(results)["sweep"]
+        if table.minor and "8,192" in table.title and "KL" in table.title
+        for row in table.rows
+        for head, cell in zip(table.columns, row, strict=True)
+        if head == "positions 1024-8192" and row[0].text.startswith("converted, 8 of 32")
+    ]
+    assert found == ["7.77"]
 
 
 def test_a_slower_model_is_said_to_be_slower(edit: Edit, sample: Sample, tmp_path: Path) -> None:

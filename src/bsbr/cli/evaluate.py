@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bsbr.cli.options import add_attention_arguments, attention_config, check_device, check_output, lengths
+from bsbr.cli.sweep import LEFT_OUT, add_sweep_arguments, run_sweep_command
 from bsbr.config import BSBRConfig
 from bsbr.data.embedded import EMBEDDED
 from bsbr.errors import UserError
@@ -21,9 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="DIR", default="results", help="folder of the result files")
     parser.add_argument("--text", metavar="FILE", action="append", help="text to evaluate on; may be repeated")
     parser.add_argument("--calibrate", metavar="TEXT", default=EMBEDDED, help="text file, embedded, or none")
-    parser.add_argument("--lengths", type=lengths, default=(128, 256, 512, 1024, 2048), help="lengths to time")
+    parser.add_argument("--lengths", type=lengths, help="lengths to time; None: 128 to 2048 by doubling")
     parser.add_argument("--window", type=int, help="tokens of a quality window; None: 2048 or the model's positions")
-    parser.add_argument("--documents", type=int, default=12, help="documents of each text")
+    parser.add_argument("--documents", type=int, help="documents of each text; None: 12, in a sweep 6")
     parser.add_argument("--repeats", type=int, default=8, help="timings of each contender at each length")
     parser.add_argument("--max-length", type=int, help="extend the positions, so that longer lengths can be timed")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
@@ -31,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of calibration, random tokens and resampling")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run in the output folder")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in the output folder")
-    add_attention_arguments(parser, top_k=2)
+    add_attention_arguments(parser, top_k=LEFT_OUT["top_k"])
+    add_sweep_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -39,8 +41,11 @@ def run(args: argparse.Namespace) -> None:
     attention = attention_config(args)
     if args.repeats < 2:
         raise UserError(f"--repeats {args.repeats}: must be at least 2, or there is no spread")
-    output = check_output(args.output, "records.jsonl", resume=args.resume, overwrite=args.overwrite)
     args.after_interrupt = f"Go on with: bsbr {' '.join(_command(args))} --resume"
+    if args.sweep:
+        run_sweep_command(args, _command(args))
+        return
+    output = check_output(args.output, "records.jsonl", resume=args.resume, overwrite=args.overwrite)
     check_device(args.device)
 
     from rich.console import Console
@@ -62,8 +67,8 @@ def run(args: argparse.Namespace) -> None:
     positions = max_positions(original)
     config = SuiteConfig(
         window=args.window or min(2048, positions or 2048),
-        documents=args.documents,
-        lengths=_within(args.lengths, positions),
+        documents=12 if args.documents is None else args.documents,
+        lengths=_within(args.lengths or (128, 256, 512, 1024, 2048), positions),
         speed=SpeedSettings(rounds=-(-args.repeats // 2)),
         trained_positions=trained,
         seed=args.seed,

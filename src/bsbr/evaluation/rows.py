@@ -31,7 +31,7 @@ HIGHER_FAMILIES = frozenset(
         "mass",
     }
 )
-NEUTRAL = frozenset({"exposure", "delta_p", "cosine_between_tokens", "coefficient", "local_slope"})
+NEUTRAL = frozenset({"exposure", "keys_read", "delta_p", "cosine_between_tokens", "coefficient", "local_slope"})
 
 
 def row(

@@ -45,6 +45,8 @@ class Call(NamedTuple):
     """Real keys of each row, [B]; None means all."""
     dropout_p: float
     """Probability of dropping an attention weight."""
+    block_indices: Tensor | None = None
+    """Blocks to read instead of the mixer's own choice, [B, Tq, HQ, top_k], as `bsbr_attention` takes them."""
 
 
 class Mixer(NamedTuple):
@@ -66,6 +68,7 @@ def _attend_bsbr(call: Call, settings: BSBRConfig, parameters: Calibration | Non
     o = bsbr_attention(
         call.q, call.k, call.v, settings, scale=call.scale, q_start=call.q_start, lengths=call.lengths,
         calibration=None if parameters is None else parameters.calibration, dropout_p=call.dropout_p,
+        block_indices=call.block_indices,
     )  # fmt: skip
     assert isinstance(o, Tensor)
     return o

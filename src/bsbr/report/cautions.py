@@ -14,6 +14,7 @@ from bsbr.report.names import (
     SECTIONS,
     SIMILARITY,
     SPEED,
+    SWEEP,
     variant,
 )
 from bsbr.report.results import Results, Section
@@ -96,7 +97,7 @@ def _dense(results: Results) -> Iterable[str]:
 
 
 def _statistics(results: Results) -> Iterable[str]:
-    rows = [row for name in (AGREEMENT, PERPLEXITY, SIMILARITY) for row in results.rows(name)]
+    rows = [row for name in (AGREEMENT, PERPLEXITY, SIMILARITY, SWEEP) for row in results.rows(name)]
     clusters = [row.clusters for row in rows if row.clusters]
     if clusters and min(clusters) < _FEW_CLUSTERS:
         yield (

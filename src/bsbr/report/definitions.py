@@ -213,6 +213,12 @@ METRICS: dict[str, Metric] = {
     "crossover_length": Metric(
         "crossover length", "length", "lower", "Length from which the variant is faster than the original."
     ),
+    "keys_read": Metric(
+        "keys read",
+        "share",
+        "",
+        "Share of the keys up to a query's own position that are read exactly.",
+    ),
     "exposure": Metric(
         "sparse exposure",
         "share",

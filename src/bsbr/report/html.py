@@ -18,6 +18,7 @@ from bsbr.report.names import (
     SECTIONS,
     SIMILARITY,
     SPEED,
+    SWEEP,
     VARIANTS,
 )
 from bsbr.report.results import Results
@@ -34,6 +35,7 @@ _PLOTS: dict[str, tuple[str, ...]] = {
         "throughput_vs_seq_length.png",
     ),
     EXPONENTS: ("scaling_exponent_analysis.png",),
+    SWEEP: ("quality_vs_density.png", "kl_vs_time.png", "kl_by_position.png"),
 }
 
 

@@ -4,6 +4,7 @@ import re
 
 from bsbr.report.cautions import not_measured, warnings
 from bsbr.report.cells import Cell, Table
+from bsbr.report.density import density_tables
 from bsbr.report.facts import commands, settings_text
 from bsbr.report.results import Results
 from bsbr.report.tables import summary_table
@@ -40,6 +41,9 @@ def summary_markdown(results: Results) -> str:
     lines = [*(escape(sentence) for sentence in verdict(results).sentences), _table(summary_table(results))]
     table = summary_table(results)
     lines.append(escape(table.note))
+    for table in density_tables(results):
+        if not table.minor:
+            lines += [f"## {escape(table.title)}", _table(table), escape(table.note)]
     lines.append(f"Conditions: {escape(settings)}.")
     lines.append(_list("Warnings", warnings(results)))
     lines.append(_list("Not measured", not_measured(results)))

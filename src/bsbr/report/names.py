@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 SPEED, EXPONENTS, PERPLEXITY = "scaling_results", "scaling_exponents", "quality_results_wikitext"
-SIMILARITY, AGREEMENT = "similarity_metrics", "agreement_rates"
+SIMILARITY, AGREEMENT, SWEEP = "similarity_metrics", "agreement_rates", "sweep"
 
 SECTIONS: dict[str, str] = {
     AGREEMENT: "Next-token agreement and KL divergence",
@@ -11,6 +11,7 @@ SECTIONS: dict[str, str] = {
     SIMILARITY: "Hidden-state similarity",
     SPEED: "Speed and memory",
     EXPONENTS: "Scaling exponents",
+    SWEEP: "Quality against density",
 }
 """Result file (without .json) and the heading of its section, in the order of the report."""
 
@@ -20,10 +21,12 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     SIMILARITY: ("cosine", "mse", "relative_l2", "feature_kl_legacy"),
     SPEED: ("time_s", "tokens_per_s", "speedup", "peak_bytes"),
     EXPONENTS: ("exponent", "loglog_slope", "crossover_length"),
+    SWEEP: ("kl", "top1_agreement", "ppl_ratio", "keys_read", "time_s"),
 }
-"""Metrics a full run of `bsbr evaluate` holds; one that is missing is listed as not measured."""
+"""Metrics that full runs of `bsbr evaluate` and `--sweep` hold; one that is missing is listed as not measured."""
 
 QUALITY_VARIANTS = ("original", "converted", "uncalibrated", "moba", "local", "states", "additive")
+SWEEP_VARIANTS = ("converted", "uncalibrated", "moba", "window", "oracle", "random")
 SPEED_VARIANTS = ("original", "converted", "converted_sparse", "additive", "value_only")
 
 CAPTIONS: dict[str, str] = {
@@ -34,8 +37,11 @@ CAPTIONS: dict[str, str] = {
     "perplexity_comparison_wikitext.png": "Perplexity of each variant as a multiple of the original's.",
     "metrics_distribution.png": "How each measure is distributed, on real text and on random tokens.",
     "agreement_rates.png": "How often each variant and the original agree on the next token.",
+    "quality_vs_density.png": "Distance from the original against the share of keys read, both axes logarithmic.",
+    "kl_vs_time.png": "KL divergence against the time of a forward pass of the whole model.",
+    "kl_by_position.png": "KL divergence over the position in the window: a mean must not hide a collapse.",
 }
-"""What each published plot shows, in one sentence."""
+"""What each plot shows, in one sentence."""
 
 
 PUBLISHED: tuple[tuple[str, str], ...] = (
@@ -83,6 +89,15 @@ VARIANTS: dict[str, Variant] = {
         "converted, sparse forced",
         "sparse forced",
         "The converted model with dense_below = 0: sparse at every length.",
+    ),
+    "window": Variant(
+        "local window, same budget", "window", "The own block and the blocks just before it are read, nothing else."
+    ),
+    "oracle": Variant(
+        "oracle choice", "oracle", "The calibrated conversion, its blocks chosen by their true mass: the ceiling."
+    ),
+    "random": Variant(
+        "random choice", "random", "The calibrated conversion, its blocks drawn among the past ones: the floor."
     ),
     "value_only": Variant(
         "no attention (floor)",

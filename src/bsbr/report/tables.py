@@ -14,9 +14,10 @@ from bsbr.report.cells import (
     reference_or,
     row_cell,
 )
+from bsbr.report.density import density_tables
 from bsbr.report.facts import fit_range
 from bsbr.report.metrics import capital, metric, order
-from bsbr.report.names import AGREEMENT, EXPONENTS, PERPLEXITY, SIMILARITY, SPEED, SPEED_VARIANTS, variant
+from bsbr.report.names import AGREEMENT, EXPONENTS, PERPLEXITY, SIMILARITY, SPEED, SPEED_VARIANTS, SWEEP, variant
 from bsbr.report.results import Results, Row, preference
 from bsbr.report.slices import by_place, noise_table, profiles
 from bsbr.report.wording import count_text
@@ -51,6 +52,7 @@ def tables(results: Results) -> dict[str, list[Table]]:
         ],
         SPEED: [*_speed_tables(results), *_other_rows(results, SPEED, _TIMES)],
         EXPONENTS: [*_exponent_tables(results), *_other_rows(results, EXPONENTS, (*_FIT, *_PHYSICAL))],
+        SWEEP: density_tables(results),
     }
     return {name: [table for table in group if table.rows] for name, group in built.items()}
 

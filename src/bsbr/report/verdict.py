@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from bsbr.report.density import density_sentence
 from bsbr.report.facts import exposure, find, fit_range, is_extrapolated, model_name
 from bsbr.report.metrics import metric
 from bsbr.report.names import AGREEMENT, EXPONENTS, PERPLEXITY, SPEED
@@ -36,7 +37,8 @@ def verdict(results: Results) -> Verdict:
     Returns:
         Sentences and headline figures; what was not measured is not in them.
     """
-    sentences = [text for text in (_fidelity(results), _controls(results), _speed(results), _growth(results)) if text]
+    said = (_fidelity(results), _controls(results), _speed(results), _growth(results), density_sentence(results))
+    sentences = [text for text in said if text]
     if not sentences:
         sentences = ["Nothing that a verdict needs was measured: neither quality nor speed of the converted model."]
     return Verdict(tuple(sentences), tuple(_figures(results)))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from bsbr.report.plots.density import kl_against_time, kl_by_position, quality_against_density
 from bsbr.report.plots.distribution import metrics_distribution
 from bsbr.report.plots.quality import agreement_rates, perplexity_comparison
 from bsbr.report.plots.scaling import scaling_exponents
@@ -16,6 +17,9 @@ PLOTS: dict[str, Callable[[Results], bytes | None]] = {
     "perplexity_comparison_wikitext.png": perplexity_comparison,
     "metrics_distribution.png": metrics_distribution,
     "agreement_rates.png": agreement_rates,
+    "quality_vs_density.png": quality_against_density,
+    "kl_vs_time.png": kl_against_time,
+    "kl_by_position.png": kl_by_position,
 }
 """File name and the function that draws it; None where the results hold nothing to draw."""
 

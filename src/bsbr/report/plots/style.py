@@ -26,6 +26,9 @@ COLOURS: dict[str, str] = {
     "local": "#cc79a7",
     "states": "#009e73",
     "additive": "#d55e00",
+    "window": "#cc79a7",
+    "oracle": "#009e73",
+    "random": "#8c6d31",
     "value_only": "#98a2b3",
 }
 """Okabe and Ito's colours: told apart with any common colour vision, and in grey by lightness and mark."""
@@ -39,6 +42,9 @@ _MARKS: dict[str, str] = {
     "local": "v",
     "states": "P",
     "additive": "X",
+    "window": "v",
+    "oracle": "P",
+    "random": "X",
     "value_only": ".",
 }
 _DASHES: dict[str, Any] = {"converted_sparse": (0, (4, 2)), "value_only": (0, (1.2, 1.6))}
