@@ -86,6 +86,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=3, help="windows of each document")
     parser.add_argument("--calibration-tokens", type=int, default=32768)
     parser.add_argument("--calibration-queries", type=int, default=512, help="sampled queries of each head")
+    parser.add_argument("--finetuned", default=None, help="folder that bsbr finetune wrote, to be measured beside")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, required=True)
@@ -93,13 +94,22 @@ def arguments() -> argparse.Namespace:
 
 
 def make_models(original: PreTrainedModel, args: argparse.Namespace) -> tuple[BSBRConfig, dict[str, PreTrainedModel]]:
-    """The conversions that are compared, none of them trained or calibrated yet."""
+    """The conversions that are compared, none of them calibrated yet."""
     config = BSBRConfig(
         block_size=args.block_size, retrieval_block_size=args.retrieval_block_size, top_k=args.top_k, dense_below=0
     )
     dropped = BSBRConfig.from_dict({**config.to_dict(), "far": "drop", "state": "none"})
     settings = {"converted": config, "uncalibrated": config, "moba": dropped}
-    return config, {"original": original} | {name: convert(original, its) for name, its in settings.items()}
+    if args.top_k:
+        settings["moba_spread"] = dropped
+    models = {"original": original} | {name: convert(original, its) for name, its in settings.items()}
+    if args.finetuned is not None:
+        finetuned = load_model(args.finetuned).to(args.device)
+        its = BSBRConfig.from_dict(
+            {x: y for x, y in finetuned.config.bsbr.items() if x != "mixer"} | {"dense_below": 0}
+        )
+        models["finetuned"] = convert(finetuned, its)
+    return config, models
 
 
 def make_rows(measured: dict[str, Any], args: argparse.Namespace, ranges: Ranges) -> tuple[list[dict[str, Any]], Table]:
@@ -140,6 +150,8 @@ def main() -> None:
     start = time.perf_counter()
     calibrate(models["converted"], calibration_text, tokenizer=tokenizer, progress=True, **chosen)
     calibration_s = time.perf_counter() - start
+    if "moba_spread" in models:
+        calibrate(models["moba_spread"], calibration_text, tokenizer=tokenizer, progress=True, **chosen)
     ranges = position_buckets(args.length, first=args.block_size, after=args.after)
     measured = measure(models, windows, ranges)
     rows, table = make_rows(measured, args, ranges)
@@ -158,6 +170,10 @@ def main() -> None:
             "windows_per_document": args.windows,
             "positions": int(sum(measured["original"][next(iter(ranges))]["n"])),
             "calibration": chosen | {"seconds": round(calibration_s, 1)},
+            "top_k_per_head": {
+                name: models[name].config.bsbr["top_k_per_head"] for name in models if name != "original"
+            },
+            "finetuned": None if args.finetuned is None else models["finetuned"].config.bsbr,
         },
         config=config.to_dict(),
         device=args.device,
