@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from bsbr.config import BSBRConfig
 from bsbr.errors import UserError
 from bsbr.hf.families import NAME
-from bsbr.hf.mixers import read_settings
+from bsbr.hf.mixers import is_converted, read_settings
 from bsbr.ops.block_cache import BlockCache, Mode, check_mode
 
 _LAYER = "_bsbr_layer"
@@ -20,7 +20,7 @@ _LAYER = "_bsbr_layer"
 class BSBRCache(Cache):
     """A cache of ready summaries: a decoded token reads blocks, not the whole past.
 
-    `generate` of a converted model makes one by itself. Layers with a sliding window keep transformers' own.
+    `generate` of a converted model makes one by itself. Layers that are not converted keep transformers' own.
 
     Args:
         config: the converted model's config.
@@ -46,7 +46,12 @@ class BSBRCache(Cache):
         except ValueError as error:
             raise UserError(str(error)) from error
         stock: list[Any] = DynamicCache(config=config).layers
-        super().__init__(layers=[layer if layer.is_sliding else BSBRLayer(settings, mode) for layer in stock])
+        super().__init__(
+            layers=[
+                layer if layer.is_sliding or not is_converted(config, index) else BSBRLayer(settings, mode)
+                for index, layer in enumerate(stock)
+            ]
+        )
 
     def num_bytes(self) -> dict[str, int]:
         """Return the memory of the whole cache in bytes, by kind: "device" and "host"."""
@@ -107,8 +112,9 @@ class BSBRLayer(CacheLayerMixin):
         return key, value_states
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, calibration: Tensor | None
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, calibration: Tensor | None,
+        sinks: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         """Add the new tokens and attend from them.
 
         Args:
@@ -116,6 +122,7 @@ class BSBRLayer(CacheLayerMixin):
             mask: as made by `bsbr.hf.attention.bsbr_mask` for all slots, or None where all hold a token.
             scale: factor on q.k.
             calibration: [HQ, 5], or None.
+            sinks: [HQ], or None.
         Returns:
             o, [B, Q, HQ, Dv]; 0 for padding.
         Raises:
@@ -135,11 +142,12 @@ class BSBRLayer(CacheLayerMixin):
             )
         self._slots, self._mask = self._slots + queries, mask
         if call.order is None:
-            return self.blocks.attend(q, k, v, scale=scale, calibration=calibration)
+            return self.blocks.attend(q, k, v, scale=scale, calibration=calibration, sinks=sinks)
         row = torch.arange(rows, device=q.device)[:, None]
         part = self.blocks.attend(
-            *(x[row, call.order] for x in (q, k, v)), scale=scale, calibration=calibration, counts=call.counts
-        )
+            *(x[row, call.order] for x in (q, k, v)), scale=scale, calibration=calibration, counts=call.counts,
+            sinks=sinks,
+        )  # fmt: skip
         o = part.new_zeros(*q.shape[:3], v.shape[3])
         o[row, call.order] = part
         return o

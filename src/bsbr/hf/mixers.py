@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bsbr.config import BSBRConfig
 from bsbr.errors import UserError
+from bsbr.hf.families import LAYERS, NAME
 from bsbr.hf.parameters import AdditiveParameters, Calibration
 from bsbr.ops import bsbr_attention
 from bsbr.ops.schedule import dense_until
@@ -45,6 +46,8 @@ class Call(NamedTuple):
     """Real keys of each row, [B]; None means all."""
     dropout_p: float
     """Probability of dropping an attention weight."""
+    sinks: Tensor | None = None
+    """A logit of each query head for nothing, [HQ], of families that have sinks; only for a mixer that knows them."""
 
 
 class Mixer(NamedTuple):
@@ -58,6 +61,8 @@ class Mixer(NamedTuple):
     """The attention, from the call, the settings and the learned parameters (None where nothing is attached)."""
     exact_until: Callable[[Any], int]
     """Tokens up to which the mixer is softmax attention, by definition."""
+    knows_sinks: bool
+    """A call may have sinks."""
 
 
 def _attend_bsbr(call: Call, settings: BSBRConfig, parameters: Calibration | None) -> Tensor:
@@ -65,7 +70,8 @@ def _attend_bsbr(call: Call, settings: BSBRConfig, parameters: Calibration | Non
         raise NotImplementedError('state="block" cannot continue from a cache: pass use_cache=False or state="global"')
     o = bsbr_attention(
         call.q, call.k, call.v, settings, scale=call.scale, q_start=call.q_start, lengths=call.lengths,
-        calibration=None if parameters is None else parameters.calibration, dropout_p=call.dropout_p,
+        calibration=None if parameters is None else parameters.calibration, sinks=call.sinks,
+        dropout_p=call.dropout_p,
     )  # fmt: skip
     assert isinstance(o, Tensor)
     return o
@@ -90,11 +96,16 @@ def _attend_value_only(call: Call, settings: ValueOnlyConfig, parameters: None) 
 
 
 MIXERS = {
-    "bsbr": Mixer(BSBRConfig, Calibration, _attend_bsbr, dense_until),
-    "additive": Mixer(AdditiveConfig, AdditiveParameters, _attend_additive, lambda settings: settings.block_size),
-    "value_only": Mixer(ValueOnlyConfig, lambda settings, module: None, _attend_value_only, lambda settings: 0),
+    "bsbr": Mixer(BSBRConfig, Calibration, _attend_bsbr, dense_until, True),
+    "additive": Mixer(
+        AdditiveConfig, AdditiveParameters, _attend_additive, lambda settings: settings.block_size, False
+    ),
+    "value_only": Mixer(ValueOnlyConfig, lambda settings, module: None, _attend_value_only, lambda settings: 0, False),
 }
 """Every mixer by name."""
+
+_DENSE = BSBRConfig(top_k=0, far="drop", dense_below=1 << 62)
+"""What a layer that is not converted runs: its whole past, read exactly."""
 
 
 def write_settings(settings: MixerConfig) -> dict[str, Any]:
@@ -138,6 +149,44 @@ def read_settings(values: Mapping[str, Any] | None) -> tuple[Mixer, Any]:
         return _read(tuple(values.items()) if values else ())
     except TypeError as error:  # a list or table cannot be looked up, and is no setting either
         raise UserError(f"the model's bsbr settings are not valid: {error}") from error
+
+
+def layer_settings(config: Any, layer: int) -> tuple[Mixer, Any]:
+    """Return the mixer of one layer and its settings.
+
+    Args:
+        config: of a model; what it keeps is as from `write_settings`.
+        layer: index of the layer.
+    Returns:
+        The row of `MIXERS`, and the settings; exact attention for a layer that is not converted.
+    Raises:
+        UserError: as `read_settings` and `is_converted`.
+
+    Example:
+        >>> from transformers import PreTrainedConfig
+        >>> layer_settings(PreTrainedConfig(bsbr={"top_k": 2}, bsbr_layers=[1]), 1)[1].top_k
+        2
+    """
+    return read_settings(getattr(config, NAME, None)) if is_converted(config, layer) else (MIXERS["bsbr"], _DENSE)
+
+
+def is_converted(config: Any, layer: int) -> bool:
+    """Say whether a converted model's layer of full attention is one of those that a mixer replaces.
+
+    Args:
+        config: of the model.
+        layer: index of the layer.
+    Returns:
+        True for every layer where the config names none.
+    Raises:
+        UserError: what the config names are no layers.
+    """
+    layers = getattr(config, LAYERS, None)
+    if layers is None:
+        return True
+    if not isinstance(layers, list):
+        raise UserError(f"the model's {LAYERS} are not valid: expected a list of layer numbers, got {layers!r}")
+    return layer in layers
 
 
 @lru_cache(maxsize=256)  # called by every layer at every step

@@ -13,14 +13,14 @@ from bsbr.errors import UserError
 from bsbr.hf import attention as _registers_the_function  # noqa: F401
 from bsbr.hf.cache import BSBRCache, keeps_summaries
 from bsbr.hf.families import NAME, PREFIX, bypass_message, dispatches, stock_classes
-from bsbr.hf.mixers import read_settings, write_settings
+from bsbr.hf.mixers import is_converted, read_settings, write_settings
 from bsbr.hf.parameters import MixerParameters, keep_hidden
 from bsbr.hf.positions import guard_positions
 from bsbr.hf.sharing import remove_hook
 
 FAMILIES = (
     "gpt2", "llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "gpt_neox", "opt", "phi", "phi3", "gemma",
-    "gemma3_text", "gpt_bigcode", "olmo2", "stablelm", "smollm3",
+    "gemma2", "gemma3_text", "gpt_bigcode", "olmo2", "stablelm", "smollm3", "gpt_oss",
 )  # fmt: skip
 """Tested families: their classes are registered on import. Others that dispatch are, once `convert` meets them."""
 
@@ -156,7 +156,8 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     Args:
         model: stock or converted.
     Returns:
-        The causal self-attention modules whose layer is not a sliding window.
+        The causal self-attention modules whose layer is not a sliding window; of a converted model those that
+        `convert` was told to take.
     """
     config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
     return [
@@ -165,6 +166,7 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
         if isinstance(getattr(module, "layer_idx", None), int)
         and getattr(module, "is_causal", False) is True
         and layer_type(config, module.layer_idx) == "full_attention"  # type: ignore[arg-type]
+        and is_converted(model.config, module.layer_idx)  # type: ignore[arg-type]
     ]
 
 

@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from bsbr.config import BSBRConfig
 from bsbr.data.tokenizer import pack_documents
 from bsbr.errors import UserError
 from bsbr.hf.attention import NAME
+from bsbr.hf.exact import exact_attention
 from bsbr.hf.mixers import read_settings
 from bsbr.hf.modeling import BSBRModelMixin, attention_modules
 from bsbr.hf.positions import check_length, max_positions
@@ -227,12 +227,12 @@ def _observe(model: PreTrainedModel, windows: Tensor, observer: _Observer, progr
 
 def _teach(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Any]:
     """Exact attention, as transformers calls it, that shows what it is given to the module's observer."""
     observer: _Observer | None = getattr(module, _OBSERVER, None)
     if observer is not None:
         observer(module, query, key, value, kwargs["scaling"])
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return exact_attention(module, query, key, value, attention_mask, **kwargs)
 
 
 AttentionInterface.register(_TEACHER, _teach)
