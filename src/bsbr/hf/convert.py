@@ -12,6 +12,7 @@ from bsbr.hf.loading import load_model
 from bsbr.hf.mixers import MIXERS, MixerConfig, read_settings, write_settings
 from bsbr.hf.modeling import BSBRModelMixin, attach, attention_modules, derive, detach
 from bsbr.hf.positions import extend_positions
+from bsbr.hf.remote import forget_classes
 from bsbr.hf.sharing import share
 
 _KEPT = "_bsbr_dense_attention"
@@ -103,6 +104,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     dense.__class__, dense.config.__class__ = stock_model, stock_config
     del dense.config.bsbr
     vars(dense.config).pop(LAYERS, None)
+    forget_classes(dense.config)
     default = "sdpa" if stock_model._supports_sdpa else "eager"
     dense.set_attn_implementation(dense.__dict__.pop(_KEPT, default))
     return dense

@@ -1,6 +1,7 @@
 """Model classes `bsbr-<family>`: the stock ones with a mixer's parameters, so that save and load round-trip."""
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from bsbr.hf.families import NAME, PREFIX, bypass_message, dispatches, stock_cla
 from bsbr.hf.mixers import is_converted, read_settings, write_settings
 from bsbr.hf.parameters import MixerParameters, keep_hidden
 from bsbr.hf.positions import guard_positions
+from bsbr.hf.remote import name_classes, write_module
 from bsbr.hf.sharing import remove_hook
 
 FAMILIES = (
@@ -61,6 +63,14 @@ class BSBRModelMixin:
         missing = set(info["missing_keys"])
         check_missing(source, missing if missing & ours != ours else missing - ours)
         return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
+        """Save as transformers does, with a module that leads `trust_remote_code=True` to bsbr."""
+        name = type(self).__name__
+        name_classes(self.config, name)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
+        if is_main_process and Path(save_directory).is_dir():
+            write_module(Path(save_directory), self.config, name)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -136,6 +146,8 @@ def derive(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
             "config_class": config_class,
             "stock_classes": (stock_config, stock_model),
             "_keep_in_fp32_modules_strict": strict | {"calibration"},
+            # the choice of blocks and the cache's bookkeeping break the graph: `generate` must not ask for one graph
+            "_can_compile_fullgraph": False,
         },
     )
     globals().update({config_class.__name__: config_class, model_class.__name__: model_class})  # for pickle
