@@ -56,6 +56,14 @@ def bsbr_attention_forward(
     Raises:
         NotImplementedError: the call asks for something that block sparse attention does not do here.
     """
+    run = _forward if query.is_cuda else _forward_uncompiled
+    return run(module, query, key, value, attention_mask, scaling, dropout, s_aux, kwargs)
+
+
+def _forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float,
+    dropout: float, s_aux: Tensor | None, kwargs: dict[str, Any],
+) -> tuple[Tensor, Any]:  # fmt: skip
     if kwargs.get("sliding_window") is not None:
         return exact_attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, s_aux=s_aux, **kwargs
@@ -85,6 +93,10 @@ def bsbr_attention_forward(
 
         o = attend_by_document(layout(attention_mask, queries), q, k, v, hidden, attend_group)
     return o.to(query.dtype).contiguous(), None
+
+
+_forward_uncompiled = torch.compiler.disable(_forward)
+"""On a CPU: `torch.compile` would unroll the loops over pieces, for minutes, and cannot see into the C code."""
 
 
 def _attend_cached(layer: BSBRLayer, mask: Tensor | None, call: Call, settings: Any, parameters: Any) -> Tensor:

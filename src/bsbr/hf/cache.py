@@ -90,6 +90,7 @@ class BSBRLayer(CacheLayerMixin):
         """Nothing to do: buffers are made when the first tokens come."""
         self.is_initialized = True
 
+    @torch.compiler.disable  # its bookkeeping is by side effect, which a compiled graph would replay out of order
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Hand the new keys and values to the attention function.
 
@@ -111,6 +112,7 @@ class BSBRLayer(CacheLayerMixin):
         self._given_out = True
         return key, value_states
 
+    @torch.compiler.disable
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, calibration: Tensor | None,
         sinks: Tensor | None,
