@@ -144,6 +144,14 @@ def test_convert_saves_what_transformers_loads(tiny, tmp_path):
     assert main(evaluate(tiny, tmp_path / "r", "--converted", str(tmp_path / "c"))) == 0
 
 
+def test_convert_leaves_layers_out(tiny, tmp_path, capsys):
+    made = ["convert", str(tiny / "model"), str(tmp_path / "c"), "--calibrate", "none", "--layers"]
+    assert main([*made, "1"]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "c").config.bsbr_layers == [1]
+    assert main([*made, "5", "--overwrite"]) != 0
+    assert "full-attention layers [0, 1], got 5" in capsys.readouterr().err
+
+
 def test_finetune_saves_a_model_its_figures_and_a_plot(tiny, tmp_path, capsys):
     converted, output = tmp_path / "converted", tmp_path / "tuned"
     attention = ["--block-size", "16", "--top-k", "1", "--dense-below", "0", "--calibrate", "none"]

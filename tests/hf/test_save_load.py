@@ -1,6 +1,7 @@
 """What save_pretrained writes, AutoModelForCausalLM reads back to the bit; damage is never silent."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -56,7 +57,8 @@ def test_a_second_generation_is_the_same(tiny, tokens, logits, tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
     ids = tokens(1, 50)
     assert torch.equal(logits(load_model(tmp_path / "two"), ids), logits(converted, ids))
-    assert "auto_map" not in json.loads((tmp_path / "two" / "config.json").read_text())
+    configs = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("one", "two")]
+    assert configs[0] == configs[1]
 
 
 def test_calibration_stays_float32_in_a_bfloat16_model(tiny, tmp_path):
@@ -132,13 +134,43 @@ from transformers import AutoModelForCausalLM
 _BSBR_LAST = """
 from transformers import AutoModelForCausalLM
 try:
-    AutoModelForCausalLM.from_pretrained({path!r})
+    AutoModelForCausalLM.from_pretrained({path!r}, trust_remote_code=False)
 except ValueError as error:
-    assert "bsbr-gpt2" in str(error)
+    assert "trust_remote_code=True" in str(error)
 else:
     raise SystemExit("loaded without bsbr")
 import bsbr
 """
+
+
+_TRUSTED = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+assert "bsbr" not in sys.modules
+model = AutoModelForCausalLM.from_pretrained({path!r}, trust_remote_code=True)
+model.save_pretrained({path!r} + "/again")
+print(type(AutoModelForCausalLM.from_pretrained({path!r} + "/again")).__name__)
+"""
+
+
+def test_a_folder_that_is_trusted_loads_where_bsbr_was_not_imported(tiny, tokens, logits, tmp_path):
+    """Three generations, the same bits; a folder is not trusted by itself, nor is its module read by `load_model`."""
+    converted, ids = convert(tiny("gpt_neox"), SPARSE), tokens(1, 40)
+    converted.save_pretrained(tmp_path)
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", _TRUSTED.format(path=str(tmp_path))],
+        capture_output=True, text=True, timeout=300, check=False, env=environment,
+    )  # fmt: skip
+    assert done.stdout.strip() == "BSBRGPTNeoXForCausalLM", done.stderr
+    again = load_model(tmp_path / "again")
+    assert torch.equal(logits(again, ids), logits(converted, ids))
+    written = (tmp_path / "again" / "bsbr_hub.py").read_text()
+    assert written == (tmp_path / "bsbr_hub.py").read_text()
+    assert sorted(file.name for file in (tmp_path / "again").glob("*.py")) == ["bsbr_hub.py"]
+    (tmp_path / "bsbr_hub.py").write_text("raise SystemExit('code of the folder ran')")
+    assert torch.equal(logits(load_model(tmp_path), ids), logits(converted, ids))
+    assert "auto_map" not in revert(again).config.to_dict()
 
 
 def test_without_bsbr_loading_fails_loudly_and_with_it_works_in_any_order(tiny, tmp_path):

@@ -130,6 +130,7 @@ def test_extreme_scores_stay_finite(magnitude, dtype):
         ({"q_start": 2}, "q_start"),
         ({"lengths": torch.ones(2, dtype=torch.int64)}, "lengths"),
         ({"calibration": torch.ones(4, 4)}, "calibration"),
+        ({"sinks": torch.ones(2)}, "sinks"),
         ({"block_indices": torch.zeros(1, 9, 4, 7, dtype=torch.int64)}, "block_indices"),
         ({"backend": "fast"}, "backend"),
     ],

@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="DIR", help="folder to save the converted model in")
     parser.add_argument("--calibrate", metavar="TEXT", default=EMBEDDED, help="text file, embedded, or none")
     parser.add_argument("--max-length", type=int, help="tokens the result must take; extends its positions")
+    parser.add_argument("--layers", type=_layers, metavar="0,1,...", help="layers to convert; the others stay dense")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration")
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is there")
     add_attention_arguments(parser, top_k=BSBRConfig.top_k)
@@ -30,8 +31,15 @@ def run(args: argparse.Namespace) -> None:
 
     model, tokenizer = load(args.model)
     text = read_calibration_text(args.calibrate)
-    converted = convert(model, config, max_length=args.max_length)
+    converted = convert(model, config, max_length=args.max_length, layers=args.layers)
     if text is not None and config.far != "drop":
         calibrate(converted, text, tokenizer=tokenizer, seed=args.seed, progress=True)
     save(converted, tokenizer, output)
     print(f"saved {converted.config.model_type} in {output}; load it with AutoModelForCausalLM after `import bsbr`")
+
+
+def _layers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected layer numbers such as 0,2,5, got {text!r}") from None

@@ -116,7 +116,7 @@ def make_variants(original: Any, tokenizer: Any, attention: BSBRConfig, args: ar
 
     if args.converted:
         converted = load_model(args.converted, dtype=args.dtype, device=args.device)
-        attention = BSBRConfig.from_dict(_settings(converted))
+        attention = replace(BSBRConfig.from_dict(_settings(converted)), top_k_per_head=None)
     else:
         converted = calibrated(convert(original, attention))
     peers: dict[str, Any] = {"block_size": size, "retrieval_block_size": unit, "far": "drop", "dense_below": 0}

@@ -11,11 +11,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from bsbr.config import BSBRConfig
 from bsbr.hf.attention import NAME, bsbr_attention_forward, bsbr_mask
-from bsbr.hf.mixers import Call, attend, read_settings
+from bsbr.hf.mixers import Call, attend, layer_settings
 from bsbr.hf.modeling import attention_modules
 from bsbr.hf.sharing import share
 from bsbr.ops.routing import select_blocks
 from bsbr.ops.schedule import dense_until
+from bsbr.ops.shares import join_shares, shares_of, take_share
 
 _ROUTED = "bsbr_routed"
 """Name under which transformers finds block sparse attention with blocks chosen from outside."""
@@ -167,7 +168,7 @@ def _attend_routed(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Block sparse attention, as transformers calls it, with the blocks that the module's choice names."""
-    mixer, settings = read_settings(getattr(module.config, NAME, None))
+    mixer, settings = layer_settings(module.config, module.layer_idx)  # type: ignore[arg-type]
     choice = getattr(module, _CHOICE, None)
     if choice is None or key.shape[2] <= mixer.exact_until(settings):  # a sliding window, or nothing to choose
         return bsbr_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -175,8 +176,21 @@ def _attend_routed(
         raise NotImplementedError("a routed model takes whole sequences: no padding, use_cache=False")
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     scale = kwargs["scaling"]
-    call = Call(q, k, v, None, scale, 0, None, 0.0, choice(q, k, settings, scale=scale))
+    call = Call(q, k, v, None, scale, 0, None, 0.0, _choose_by_share(choice, q, k, settings, scale))
     return attend(call, mixer, settings, getattr(module, NAME, None)).to(query.dtype).contiguous(), None
+
+
+def _choose_by_share(choice: Choice, q: Tensor, k: Tensor, settings: BSBRConfig, scale: float) -> Tensor:
+    """What a module's choice names, [B, T, HQ, max_top_k]; heads with the same number of blocks choose together."""
+    if settings.top_k_per_head is None:
+        return choice(q, k, settings, scale=scale)  # type: ignore[call-arg]
+    parts, heads = [], []
+    for own in shares_of(settings):
+        mine = [take_share(x, own.heads, k.shape[2]) for x in (q, k)]
+        found = choice(mine[0], mine[1], own.config, scale=scale)  # type: ignore[call-arg]
+        parts.append(torch.nn.functional.pad(found, (0, settings.max_top_k - own.config.top_k), value=-1))
+        heads.append(own.heads)
+    return join_shares(parts, heads)
 
 
 AttentionInterface.register(_ROUTED, _attend_routed)

@@ -142,9 +142,12 @@ class _Pass:
             self.progress.stage(f"{length} tokens", f"calibrating top_k {point.top_k} of {point.unit}")
             assert self.calibrate is not None
             self.calibrate(model, length)
-            self.store.append(key, {name: pack(tensor.flatten().cpu().numpy()) for name, tensor in mine.items()})
+            scalars = {name: pack(tensor.flatten().cpu().numpy()) for name, tensor in mine.items()}
+            self.store.append(key, {"scalars": scalars, "top_k_per_head": model.config.bsbr["top_k_per_head"]})
             self.progress.advance(self.sweep.work[key])
-        for name, values in self.store.get(key).items():
+        kept = self.store.get(key)
+        model.config.bsbr = {**model.config.bsbr, "top_k_per_head": kept["top_k_per_head"]}
+        for name, values in kept["scalars"].items():
             mine[name].copy_(torch.from_numpy(unpack(values).copy()).view_as(mine[name]))
 
     def _measure(self, batch: Batch, models: Mapping[tuple[str, Point], Any]) -> None:

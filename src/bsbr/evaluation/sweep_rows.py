@@ -150,7 +150,8 @@ def _protocol(config: SweepConfig, about: Mapping[str, Any]) -> dict[str, Any]:
         "positions": {str(length): next(iter(config.buckets(length))) for length in config.lengths},
         "calibration": about["calibration"],
         "attention": {ORIGINAL: about["attention"]},
-        "keys_read": "share of the keys up to the query's position that are read exactly, over those positions",
+        "keys_read": "share of the keys up to the query's position that are read exactly, over those positions, if "
+        "every head reads top_k blocks; where they are spread over heads, at most that",
         "time": "one forward of the whole model over one window without cache, contenders in turn",
         "interval": "95 %: by document (Student t, or paired bootstrap); time 20-80 % quantiles",
     }

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from bsbr.errors import UserError
 from bsbr.hf.cache import BSBRLayer, layer_of
+from bsbr.hf.exact import exact_attention
 from bsbr.hf.families import NAME, bypass_message, dispatches
-from bsbr.hf.mixers import Call, Mixer, attend, read_settings
+from bsbr.hf.mixers import Call, Mixer, attend, layer_settings
 from bsbr.hf.parameters import take_hidden
 from bsbr.hf.segments import Group, attend_by_document, layout
 
-_CHANGES_SCORES = ("softcap", "s_aux", "position_bias")
+_CHANGES_SCORES = ("softcap", "position_bias")
 
 
 def bsbr_attention_forward(
@@ -32,11 +32,12 @@ def bsbr_attention_forward(
     *,
     scaling: float,
     dropout: float = 0.0,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Any]:
     """Attend as the model's config says; called by transformers in every attention module.
 
-    1. A sliding-window layer stays as it was.
+    1. A sliding-window layer stays as it was; a layer that the config leaves out reads its whole past.
     2. Keys that a BSBRCache gave out go back to it, with the queries.
     3. While the whole past is read exactly, it is PyTorch's own attention, without a copy.
     4. Otherwise the mixer runs on [B, T, H, D]; a mask is first turned into documents that start at position 0.
@@ -48,32 +49,41 @@ def bsbr_attention_forward(
         attention_mask: as made by `bsbr_mask`, or None.
         scaling: factor on q.k.
         dropout: probability of dropping an attention weight.
+        s_aux: the layer's sinks, [HQ], of families that have them.
         kwargs: what the family passes besides; what would change the result is refused.
     Returns:
         o [B, Q, HQ, Dv], and None for the weights, which nobody computes.
     Raises:
         NotImplementedError: the call asks for something that block sparse attention does not do here.
     """
+    run = _forward if query.is_cuda else _forward_uncompiled
+    return run(module, query, key, value, attention_mask, scaling, dropout, s_aux, kwargs)
+
+
+def _forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float,
+    dropout: float, s_aux: Tensor | None, kwargs: dict[str, Any],
+) -> tuple[Tensor, Any]:  # fmt: skip
     if kwargs.get("sliding_window") is not None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        return exact_attention(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, s_aux=s_aux, **kwargs
         )
     layer = layer_of(key)
     past = 0 if layer is None else layer.get_seq_length()
-    _refuse(module, past + key.shape[2], attention_mask, kwargs)
-    mixer, settings = read_settings(getattr(module.config, NAME, None), getattr(module, "layer_idx", None))
+    mixer, settings = layer_settings(module.config, module.layer_idx)  # type: ignore[arg-type]
+    _refuse(module, past + key.shape[2], attention_mask, kwargs | ({} if mixer.knows_sinks else {"sinks": s_aux}))
     parameters: nn.Module | None = getattr(module, NAME, None)
     hidden = take_hidden(parameters)
     if layer is not None:
         cached = mixer._replace(attend=partial(_attend_cached, layer, attention_mask))
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        call = Call(q, k, v, hidden, scaling, past, None, dropout)
+        call = Call(q, k, v, hidden, scaling, past, None, dropout, s_aux)
         return attend(call, cached, settings, parameters).to(query.dtype).contiguous(), None
     queries, keys = query.shape[2], key.shape[2]
-    if attention_mask is None and queries in (1, keys) and keys <= mixer.exact_until(settings):
-        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, dropout=dropout)
+    if attention_mask is None and s_aux is None and queries in (1, keys) and keys <= mixer.exact_until(settings):
+        return exact_attention(module, query, key, value, None, scaling=scaling, dropout=dropout)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    run = partial(_attend, mixer, settings, parameters, scaling, dropout)
+    run = partial(_attend, mixer, settings, parameters, scaling, dropout, s_aux)
     if attention_mask is None:
         o = run(keys - queries, None, q, k, v, hidden)
     else:
@@ -85,11 +95,15 @@ def bsbr_attention_forward(
     return o.to(query.dtype).contiguous(), None
 
 
+_forward_uncompiled = torch.compiler.disable(_forward)
+"""On a CPU: `torch.compile` would unroll the loops over pieces, for minutes, and cannot see into the C code."""
+
+
 def _attend_cached(layer: BSBRLayer, mask: Tensor | None, call: Call, settings: Any, parameters: Any) -> Tensor:
     if call.dropout_p:
         raise NotImplementedError("a BSBRCache has no dropout: call model.eval(), or use DynamicCache to train")
     calibration = None if parameters is None else parameters.calibration
-    return layer.attend(call.q, call.k, call.v, mask, call.scale, calibration)
+    return layer.attend(call.q, call.k, call.v, mask, call.scale, calibration, call.sinks)
 
 
 def _attend(
@@ -98,6 +112,7 @@ def _attend(
     parameters: nn.Module | None,
     scale: float,
     dropout_p: float,
+    sinks: Tensor | None,
     q_start: int,
     lengths: Tensor | None,
     q: Tensor,
@@ -105,11 +120,11 @@ def _attend(
     v: Tensor,
     hidden: Tensor | None,
 ) -> Tensor:
-    return attend(Call(q, k, v, hidden, scale, q_start, lengths, dropout_p), mixer, settings, parameters)
+    return attend(Call(q, k, v, hidden, scale, q_start, lengths, dropout_p, sinks), mixer, settings, parameters)
 
 
 def _refuse(module: nn.Module, keys: int, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
-    for name in _CHANGES_SCORES:
+    for name in (*_CHANGES_SCORES, "sinks"):
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"bsbr attention has no {name}: use this model with its own attention")
     if not (getattr(module, "is_causal", True) if kwargs.get("is_causal") is None else kwargs["is_causal"]):

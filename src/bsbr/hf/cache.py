@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from bsbr.config import BSBRConfig
 from bsbr.errors import UserError
 from bsbr.hf.families import NAME
-from bsbr.hf.mixers import read_settings
+from bsbr.hf.mixers import is_converted, layer_settings, read_settings
 from bsbr.ops.block_cache import Mode, check_mode
 from bsbr.ops.shared_cache import block_cache
 
@@ -21,7 +21,7 @@ _LAYER = "_bsbr_layer"
 class BSBRCache(Cache):
     """A cache of ready summaries: a decoded token reads blocks, not the whole past.
 
-    `generate` of a converted model makes one by itself. Layers with a sliding window keep transformers' own.
+    `generate` of a converted model makes one by itself. Layers that are not converted keep transformers' own.
 
     Args:
         config: the converted model's config.
@@ -49,8 +49,10 @@ class BSBRCache(Cache):
         stock: list[Any] = DynamicCache(config=config).layers
         super().__init__(
             layers=[
-                layer if layer.is_sliding else BSBRLayer(read_settings(config.bsbr, number)[1], mode)
-                for number, layer in enumerate(stock)
+                layer
+                if layer.is_sliding or not is_converted(config, index)
+                else BSBRLayer(layer_settings(config, index)[1], mode)
+                for index, layer in enumerate(stock)
             ]
         )
 
@@ -91,6 +93,7 @@ class BSBRLayer(CacheLayerMixin):
         """Nothing to do: buffers are made when the first tokens come."""
         self.is_initialized = True
 
+    @torch.compiler.disable  # its bookkeeping is by side effect, which a compiled graph would replay out of order
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Hand the new keys and values to the attention function.
 
@@ -112,9 +115,11 @@ class BSBRLayer(CacheLayerMixin):
         self._given_out = True
         return key, value_states
 
+    @torch.compiler.disable
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, calibration: Tensor | None
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, calibration: Tensor | None,
+        sinks: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         """Add the new tokens and attend from them.
 
         Args:
@@ -122,6 +127,7 @@ class BSBRLayer(CacheLayerMixin):
             mask: as made by `bsbr.hf.attention.bsbr_mask` for all slots, or None where all hold a token.
             scale: factor on q.k.
             calibration: [HQ, 5], or None.
+            sinks: [HQ], or None.
         Returns:
             o, [B, Q, HQ, Dv]; 0 for padding.
         Raises:
@@ -141,11 +147,12 @@ class BSBRLayer(CacheLayerMixin):
             )
         self._slots, self._mask = self._slots + queries, mask
         if call.order is None:
-            return self.blocks.attend(q, k, v, scale=scale, calibration=calibration)
+            return self.blocks.attend(q, k, v, scale=scale, calibration=calibration, sinks=sinks)
         row = torch.arange(rows, device=q.device)[:, None]
         part = self.blocks.attend(
-            *(x[row, call.order] for x in (q, k, v)), scale=scale, calibration=calibration, counts=call.counts
-        )
+            *(x[row, call.order] for x in (q, k, v)), scale=scale, calibration=calibration, counts=call.counts,
+            sinks=sinks,
+        )  # fmt: skip
         o = part.new_zeros(*q.shape[:3], v.shape[3])
         o[row, call.order] = part
         return o

@@ -1,5 +1,6 @@
 """Conversion: a pretrained model with its attention replaced, on the same weights; and back."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -7,11 +8,12 @@ from transformers import PreTrainedModel
 
 from bsbr.config import BSBRConfig
 from bsbr.errors import UserError
-from bsbr.hf.families import NAME, bypass_message, dispatches, stock_classes
+from bsbr.hf.families import LAYERS, NAME, bypass_message, dispatches, stock_classes
 from bsbr.hf.loading import load_model
-from bsbr.hf.mixers import MixerConfig, read_settings, write_settings
+from bsbr.hf.mixers import MIXERS, MixerConfig, read_settings, write_settings
 from bsbr.hf.modeling import BSBRModelMixin, attach, attention_modules, derive, detach
 from bsbr.hf.positions import extend_positions
+from bsbr.hf.remote import forget_classes
 from bsbr.hf.sharing import share
 
 _KEPT = "_bsbr_dense_attention"
@@ -19,7 +21,11 @@ _KEPT = "_bsbr_dense_attention"
 
 
 def convert(
-    model_or_name: PreTrainedModel | str, config: MixerConfig, *, max_length: int | None = None
+    model_or_name: PreTrainedModel | str,
+    config: MixerConfig,
+    *,
+    max_length: int | None = None,
+    layers: Sequence[int] | None = None,
 ) -> PreTrainedModel:
     """Replace the attention of a causal language model; the model given stays as it is.
 
@@ -28,7 +34,8 @@ def convert(
 
     1. Copy the model's modules around the same weights (`bsbr.hf.sharing.share`), so that no memory is spent.
     2. Make it a model of type "bsbr-<family>" that saves and loads with its settings.
-    3. Give each attention module what its mixer learns. Sliding-window layers of a hybrid stay as they are.
+    3. Give each attention module what its mixer learns. Sliding-window layers of a hybrid stay as they are, and so
+       do layers that `layers` leaves out. Sinks are kept, exactly.
 
     Positions, biases, tied embeddings, dropout, training mode and gradient checkpointing are kept. A converted model
     can be converted again: its calibration is kept, `top_k_per_head` with it, if both configs are a BSBRConfig that
@@ -39,11 +46,13 @@ def convert(
         model_or_name: a causal language model, or the folder or hub name of one.
         config: a BSBRConfig, or the config of a peer (AdditiveConfig, ValueOnlyConfig).
         max_length: tokens the result must take; learned positions are interpolated (see `extend_positions`).
+        layers: numbers of the full-attention layers to convert, from 0; the others stay dense. None means all, or
+            those of a model that is converted already.
     Returns:
         The converted model.
     Raises:
-        UserError: the model's family computes attention itself, is an encoder-decoder, has only sliding windows, or
-            is not a plain causal language model; or the name cannot be loaded.
+        UserError: the model's family computes attention itself, caps its scores, is an encoder-decoder, has only
+            sliding windows, or is not a plain causal language model; the name cannot be loaded; or no such layer.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -55,21 +64,24 @@ def convert(
     settings = write_settings(config)
     source = load_model(model_or_name) if isinstance(model_or_name, str) else model_or_name
     _check(source)
+    _check_sinks(source, settings["mixer"])
+    chosen = _choose(source, layers)
     model = share(source) if max_length is None else extend_positions(source, max_length)
     if isinstance(source, BSBRModelMixin):
-        calibrated = _with_calibration(source.config.bsbr, settings)
+        same_layers = chosen == getattr(source.config, LAYERS, None)
+        calibrated = _with_calibration(source.config.bsbr, settings) if same_layers else None
         if calibrated is not None:
             model.config.bsbr = calibrated
             return model
         detach(model)
-        model.config.bsbr = settings
+        _write(model, settings, chosen)
         attach(model)
         return model
     config_class, model_class = derive(source.config.model_type)
     setattr(model, _KEPT, source.config._attn_implementation)
     model.__class__, model.config.__class__ = model_class, config_class
     vars(model.config).pop("model_type", None)  # a config that was read from a file has the old one beside its class's
-    model.config.bsbr = settings
+    _write(model, settings, chosen)
     model.set_attn_implementation(NAME)
     attach(model)
     return model
@@ -95,9 +107,33 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     stock_config, stock_model = model.stock_classes
     dense.__class__, dense.config.__class__ = stock_model, stock_config
     del dense.config.bsbr
+    vars(dense.config).pop(LAYERS, None)
+    forget_classes(dense.config)
     default = "sdpa" if stock_model._supports_sdpa else "eager"
     dense.set_attn_implementation(dense.__dict__.pop(_KEPT, default))
     return dense
+
+
+def _write(model: PreTrainedModel, settings: dict[str, Any], layers: list[int] | None) -> None:
+    model.config.bsbr = settings
+    vars(model.config).pop(LAYERS, None)
+    if layers is not None:
+        setattr(model.config, LAYERS, layers)
+
+
+def _choose(source: PreTrainedModel, layers: Sequence[int] | None) -> list[int] | None:
+    """The layers to convert, ascending; None for every one that can be."""
+    if layers is None:
+        return getattr(source.config, LAYERS, None)
+    stock = source if not isinstance(source, BSBRModelMixin) else revert(source)
+    possible: list[Any] = [module.layer_idx for module in attention_modules(stock)]
+    chosen = sorted(set(layers))
+    unknown = [layer for layer in chosen if layer not in possible or isinstance(layer, bool)]
+    if unknown or not chosen:
+        raise UserError(
+            f"layers must be some of the full-attention layers {possible}, got {unknown[0] if unknown else 'none'}"
+        )
+    return None if chosen == possible else chosen
 
 
 def _with_calibration(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any] | None:
@@ -131,10 +167,20 @@ def _check(model: Any) -> None:
         raise UserError(
             f"expected a {classes[1].__name__}, got {type(model).__name__}: load it with AutoModelForCausalLM"
         )
-    if getattr(config, "attn_logit_softcapping", None) or any(hasattr(x, "sinks") for x in model.modules()):
-        raise UserError(f"{config.model_type} changes attention scores (soft cap or sinks), which bsbr does not do yet")
+    if getattr(config, "attn_logit_softcapping", None):
+        raise UserError(
+            f"this {config.model_type} model caps its attention scores at {config.attn_logit_softcapping}, which a "
+            "summary of a block cannot: load it with attn_logit_softcapping=None and convert the model without the cap"
+        )
     if not attention_modules(model):
         raise UserError(
             f"this {config.model_type} model has no full attention layer: there is nothing to convert; a model whose "
             "layers are all sliding windows can be loaded with sliding_window=None"
+        )
+
+
+def _check_sinks(model: PreTrainedModel, mixer: str) -> None:
+    if not MIXERS[mixer].knows_sinks and any(getattr(x, "sinks", None) is not None for x in model.modules()):
+        raise UserError(
+            f"{model.config.model_type} models have attention sinks, which the mixer {mixer} has not: use a BSBRConfig"
         )

@@ -10,6 +10,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 NAME = "bsbr"
 """Name of the attention implementation, and of the attribute of configs and modules that holds our part."""
 
+LAYERS = f"{NAME}_layers"
+"""Attribute of a converted model's config: the layers that are converted; absent where all can be."""
+
 PREFIX = f"{NAME}-"
 """What a converted model's type has before its family's."""
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bsbr.config import BSBRConfig
 from bsbr.errors import UserError
+from bsbr.hf.families import LAYERS, NAME
 from bsbr.hf.parameters import AdditiveParameters, Calibration
 from bsbr.ops import bsbr_attention
 from bsbr.ops.schedule import dense_until
@@ -47,6 +48,8 @@ class Call(NamedTuple):
     """Probability of dropping an attention weight."""
     block_indices: Tensor | None = None
     """Blocks to read instead of the mixer's own choice, [B, Tq, HQ, top_k], as `bsbr_attention` takes them."""
+    sinks: Tensor | None = None
+    """A logit of each query head for nothing, [HQ], of families that have sinks; only for a mixer that knows them."""
 
 
 class Mixer(NamedTuple):
@@ -60,6 +63,8 @@ class Mixer(NamedTuple):
     """The attention, from the call, the settings and the learned parameters (None where nothing is attached)."""
     exact_until: Callable[[Any], int]
     """Tokens up to which the mixer is softmax attention, by definition."""
+    knows_sinks: bool
+    """A call may have sinks."""
 
 
 def _attend_bsbr(call: Call, settings: BSBRConfig, parameters: Calibration | None) -> Tensor:
@@ -67,8 +72,8 @@ def _attend_bsbr(call: Call, settings: BSBRConfig, parameters: Calibration | Non
         raise NotImplementedError('state="block" cannot continue from a cache: pass use_cache=False or state="global"')
     o = bsbr_attention(
         call.q, call.k, call.v, settings, scale=call.scale, q_start=call.q_start, lengths=call.lengths,
-        calibration=None if parameters is None else parameters.calibration, dropout_p=call.dropout_p,
-        block_indices=call.block_indices,
+        calibration=None if parameters is None else parameters.calibration, sinks=call.sinks,
+        dropout_p=call.dropout_p, block_indices=call.block_indices,
     )  # fmt: skip
     assert isinstance(o, Tensor)
     return o
@@ -93,11 +98,16 @@ def _attend_value_only(call: Call, settings: ValueOnlyConfig, parameters: None) 
 
 
 MIXERS = {
-    "bsbr": Mixer(BSBRConfig, Calibration, _attend_bsbr, dense_until),
-    "additive": Mixer(AdditiveConfig, AdditiveParameters, _attend_additive, lambda settings: settings.block_size),
-    "value_only": Mixer(ValueOnlyConfig, lambda settings, module: None, _attend_value_only, lambda settings: 0),
+    "bsbr": Mixer(BSBRConfig, Calibration, _attend_bsbr, dense_until, True),
+    "additive": Mixer(
+        AdditiveConfig, AdditiveParameters, _attend_additive, lambda settings: settings.block_size, False
+    ),
+    "value_only": Mixer(ValueOnlyConfig, lambda settings, module: None, _attend_value_only, lambda settings: 0, False),
 }
 """Every mixer by name."""
+
+_DENSE = BSBRConfig(top_k=0, far="drop", dense_below=1 << 62)
+"""What a layer that is not converted runs: its whole past, read exactly."""
 
 
 def write_settings(settings: MixerConfig) -> dict[str, Any]:
@@ -147,6 +157,46 @@ def read_settings(values: Mapping[str, Any] | None, layer: int | None = None) ->
 def _frozen(value: Any) -> Any:
     """A list, as JSON gives it, as a tuple, which a cache can look up."""
     return tuple(_frozen(x) for x in value) if isinstance(value, list | tuple) else value
+
+
+def layer_settings(config: Any, layer: int) -> tuple[Mixer, Any]:
+    """Return the mixer of one layer and its settings.
+
+    Args:
+        config: of a model; what it keeps is as from `write_settings`.
+        layer: index of the layer.
+    Returns:
+        The row of `MIXERS`, and the settings; exact attention for a layer that is not converted.
+    Raises:
+        UserError: as `read_settings` and `is_converted`.
+
+    Example:
+        >>> from transformers import PreTrainedConfig
+        >>> layer_settings(PreTrainedConfig(bsbr={"top_k": 2}, bsbr_layers=[1]), 1)[1].top_k
+        2
+    """
+    if not is_converted(config, layer):
+        return MIXERS["bsbr"], _DENSE
+    return read_settings(getattr(config, NAME, None), layer)
+
+
+def is_converted(config: Any, layer: int) -> bool:
+    """Say whether a converted model's layer of full attention is one of those that a mixer replaces.
+
+    Args:
+        config: of the model.
+        layer: index of the layer.
+    Returns:
+        True for every layer where the config names none.
+    Raises:
+        UserError: what the config names are no layers.
+    """
+    layers = getattr(config, LAYERS, None)
+    if layers is None:
+        return True
+    if not isinstance(layers, list):
+        raise UserError(f"the model's {LAYERS} are not valid: expected a list of layer numbers, got {layers!r}")
+    return layer in layers
 
 
 @lru_cache(maxsize=256)  # called by every layer at every step

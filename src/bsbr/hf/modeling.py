@@ -1,6 +1,7 @@
 """Model classes `bsbr-<family>`: the stock ones with a mixer's parameters, so that save and load round-trip."""
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,14 +14,15 @@ from bsbr.errors import UserError
 from bsbr.hf import attention as _registers_the_function  # noqa: F401
 from bsbr.hf.cache import BSBRCache, keeps_summaries
 from bsbr.hf.families import NAME, PREFIX, bypass_message, dispatches, stock_classes
-from bsbr.hf.mixers import read_settings, write_settings
+from bsbr.hf.mixers import is_converted, read_settings, write_settings
 from bsbr.hf.parameters import MixerParameters, keep_hidden
 from bsbr.hf.positions import guard_positions
+from bsbr.hf.remote import name_classes, write_module
 from bsbr.hf.sharing import remove_hook
 
 FAMILIES = (
     "gpt2", "llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "gpt_neox", "opt", "phi", "phi3", "gemma",
-    "gemma3_text", "gpt_bigcode", "olmo2", "stablelm", "smollm3",
+    "gemma2", "gemma3_text", "gpt_bigcode", "olmo2", "stablelm", "smollm3", "gpt_oss",
 )  # fmt: skip
 """Tested families: their classes are registered on import. Others that dispatch are, once `convert` meets them."""
 
@@ -61,6 +63,14 @@ class BSBRModelMixin:
         missing = set(info["missing_keys"])
         check_missing(source, missing if missing & ours != ours else missing - ours)
         return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
+        """Save as transformers does, with a module that leads `trust_remote_code=True` to bsbr."""
+        name = type(self).__name__
+        name_classes(self.config, name)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
+        if is_main_process and Path(save_directory).is_dir():
+            write_module(Path(save_directory), self.config, name)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -136,6 +146,8 @@ def derive(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
             "config_class": config_class,
             "stock_classes": (stock_config, stock_model),
             "_keep_in_fp32_modules_strict": strict | {"calibration"},
+            # the choice of blocks and the cache's bookkeeping break the graph: `generate` must not ask for one graph
+            "_can_compile_fullgraph": False,
         },
     )
     globals().update({config_class.__name__: config_class, model_class.__name__: model_class})  # for pickle
@@ -156,7 +168,8 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     Args:
         model: stock or converted.
     Returns:
-        The causal self-attention modules whose layer is not a sliding window.
+        The causal self-attention modules whose layer is not a sliding window; of a converted model those that
+        `convert` was told to take.
     """
     config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
     return [
@@ -165,6 +178,7 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
         if isinstance(getattr(module, "layer_idx", None), int)
         and getattr(module, "is_causal", False) is True
         and layer_type(config, module.layer_idx) == "full_attention"  # type: ignore[arg-type]
+        and is_converted(model.config, module.layer_idx)  # type: ignore[arg-type]
     ]
 
 

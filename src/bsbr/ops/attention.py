@@ -10,6 +10,7 @@ from bsbr.ops.chunked import chunked_attention
 from bsbr.ops.native.forward import why_not_native
 from bsbr.ops.reference import reference_attention
 from bsbr.ops.shares import Share, join_shares, shares_of, take_share
+from bsbr.ops.sinks import add_sinks
 from bsbr.ops.summaries import UNCALIBRATED
 from bsbr.ops.tiles import Dropout
 from bsbr.ops.triton.problem import why_not_triton
@@ -26,12 +27,13 @@ def resolve_backend(
     *,
     q_start: int = 0,
     dropout_p: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> tuple[str, str]:
     """Say which backend computes a call, and why.
 
     Args:
         backend: a backend's name, or "auto".
-        q, k, v, config, q_start, dropout_p: as given to `bsbr_attention`.
+        q, k, v, config, q_start, dropout_p, sinks: as given to `bsbr_attention`.
     Returns:
         The name of the backend, and the reason in a few words.
     Raises:
@@ -49,7 +51,10 @@ def resolve_backend(
     on_gpu = q.is_cuda if backend == "auto" else backend == "triton"  # interpreted kernels are for those who ask
     name, best = ("triton", "the fastest on a GPU") if on_gpu else ("native", "the fastest on a CPU")
     of_call = (q, k, v, config, q_start, dropout_p)
-    obstacle = why_not_triton(*of_call) if on_gpu else why_not_native(q, config, dropout_p)
+    if on_gpu:
+        obstacle = "the kernels have no sinks" if sinks is not None else why_not_triton(*of_call)
+    else:
+        obstacle = why_not_native(q, config, dropout_p)
     if backend == "auto":
         return ("chunked", obstacle) if obstacle else (name, best)
     if obstacle:
@@ -68,6 +73,7 @@ def bsbr_attention(
     lengths: Tensor | None = None,
     calibration: Tensor | None = None,
     block_indices: Tensor | None = None,
+    sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     backend: Backend = "auto",
     return_lse: bool = False,
@@ -96,10 +102,12 @@ def bsbr_attention(
         calibration: five scalars a head in the order of `CALIBRATION`, [HQ, 5]; None means uncalibrated.
         block_indices: blocks to read instead of those of largest mass, [B, Tq, HQ, max_top_k], ascending;
             padded with -1 where fewer are past or the head reads fewer.
+        sinks: a logit for each query head that takes weight and gives nothing, [HQ], as gpt-oss learns them; None
+            means none.
         dropout_p: probability of dropping an attention weight, as in training; not for "reference".
         backend: "auto", "triton" (kernels for NVIDIA GPUs), "native" (compiled C: CPU, float32), "chunked" (linear
             memory, any device) or "reference" (float64, quadratic).
-        return_lse: return the log-sum-exp too.
+        return_lse: return the log-sum-exp too, sinks included.
     Returns:
         o [B, Tq, HQ, Dv] in the dtype of q, 0 for padded queries; and, if asked for, lse [B, Tq, HQ], natural log,
         in float32 (float64 for float64 input), -inf for padded queries.
@@ -111,7 +119,7 @@ def bsbr_attention(
         >>> bsbr_attention(q, kv, kv, BSBRConfig(block_size=32, top_k=2, dense_below=0)).shape
         torch.Size([1, 300, 4, 16])
     """
-    _check(q, k, v, config, q_start, lengths, calibration, block_indices)
+    _check(q, k, v, config, q_start, lengths, calibration, block_indices, sinks)
     if config.top_k_per_head is not None and backend != "reference":
         parts = [
             bsbr_attention(
@@ -119,14 +127,14 @@ def bsbr_attention(
                 take_share(v, share.heads, k.shape[2]), share.config, scale=scale, q_start=q_start, lengths=lengths,
                 calibration=None if calibration is None else take_share(calibration, share.heads, k.shape[2], 0),
                 block_indices=_of_share(block_indices, share, k.shape[2]), dropout_p=dropout_p, backend=backend,
-                return_lse=True,
+                sinks=None if sinks is None else take_share(sinks, share.heads, k.shape[2], 0), return_lse=True,
             )
             for share in shares_of(config)
         ]  # fmt: skip
         heads = [share.heads for share in shares_of(config)]
         o, lse = (join_shares(each, heads) for each in zip(*parts, strict=True))
         return (o, lse) if return_lse else o
-    name, _ = resolve_backend(backend, q, k, v, config, q_start=q_start, dropout_p=dropout_p)
+    name, _ = resolve_backend(backend, q, k, v, config, q_start=q_start, dropout_p=dropout_p, sinks=sinks)
     wide = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if name == "reference":
@@ -136,6 +144,8 @@ def bsbr_attention(
             q, k, v, config, scale=scale, q_start=q_start, lengths=lengths, calibration=calibration,
             block_indices=block_indices,
         )  # fmt: skip
+        if sinks is not None:
+            o, lse = add_sinks(o, lse, sinks)
         return (o.to(q.dtype), lse.to(wide)) if return_lse else o.to(q.dtype)
     if lengths is not None:
         padded = torch.arange(k.shape[1], device=k.device) >= lengths[:, None]
@@ -155,7 +165,7 @@ def bsbr_attention(
         seed = int(torch.randint(1 << 31, ())) if dropout_p else 0
         o, lse = chunked_attention(
             q, k, v, config, scale=scale, q_start=q_start, calibration=calibration, block_indices=block_indices,
-            dropout=Dropout(dropout_p, seed), native=name == "native",
+            dropout=Dropout(dropout_p, seed), native=name == "native", sinks=sinks,
         )  # fmt: skip
     if lengths is not None:
         outside = padded[:, q_start:, None]
@@ -178,6 +188,7 @@ def _check(
     lengths: Tensor | None,
     calibration: Tensor | None,
     block_indices: Tensor | None,
+    sinks: Tensor | None,
 ) -> None:
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(f"q, k and v must be [B, T, H, D], got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}")
@@ -205,3 +216,5 @@ def _check(
     expected = (*q.shape[:3], config.max_top_k)
     if block_indices is not None and block_indices.shape != expected:
         raise ValueError(f"block_indices must be {list(expected)}, got {list(block_indices.shape)}")
+    if sinks is not None and sinks.shape != q.shape[2:3]:
+        raise ValueError(f"sinks must be [{q.shape[2]}], got {list(sinks.shape)}")

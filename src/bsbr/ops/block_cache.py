@@ -70,6 +70,8 @@ class BlockCache:
 
     def __init__(self, config: BSBRConfig, mode: Mode = "full") -> None:
         check_mode(config, mode)
+        if config.top_k_per_head is not None:
+            raise ValueError("a BlockCache reads one number of blocks for all heads: make it with `block_cache`")
         self.config, self.mode = config, mode
         self.reset()
 
@@ -90,6 +92,7 @@ class BlockCache:
         scale: float,
         calibration: Tensor | None = None,
         counts: Sequence[int] | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Add tokens to each row and attend from them.
 
@@ -99,6 +102,7 @@ class BlockCache:
             scale: factor on q.k.
             calibration: [HQ, 5]; None means uncalibrated.
             counts: tokens of each row; what comes later is padding. None means T.
+            sinks: a logit for each query head, [HQ]; None means none.
         Returns:
             o [B, T, HQ, Dv] in the dtype of q, 0 for padding; with gradients only from the first tokens.
         """
@@ -109,12 +113,14 @@ class BlockCache:
         if calibration is None:
             calibration = q.new_tensor(UNCALIBRATED, dtype=wide).expand(q.shape[2], 5)
         if max(self.lengths) == 0:
-            return self._first(q, k, v, scale, calibration, counts)
+            return self._first(q, k, v, scale, calibration, counts, sinks)
         with torch.no_grad():
             o = q.new_zeros(*q.shape[:3], v.shape[3])
             by_head = calibration.to(wide).unflatten(0, (k.shape[2], -1))
+            if sinks is not None:
+                sinks = sinks.to(wide).view(k.shape[2], -1)
             for piece in cut(tuple(self.lengths), counts, self.config):
-                self._piece(piece, q, k, v, o, scale, by_head)
+                self._piece(piece, q, k, v, o, scale, by_head, sinks)
         return o
 
     def fill(self, k: Tensor, v: Tensor) -> None:
@@ -177,15 +183,16 @@ class BlockCache:
         self.lengths, self._floors = [0] * k.shape[0], [0] * k.shape[0]
 
     def _first(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, calibration: Tensor, counts: tuple[int, ...]
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, calibration: Tensor, counts: tuple[int, ...],
+        sinks: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         """Attend from a whole text, and fill the empty cache with it."""
         lengths = None
         if min(counts) < k.shape[1]:
             lengths = row_numbers(counts, k.device)
             padded = torch.arange(k.shape[1], device=k.device) >= lengths[:, None]
             k, v = (x.masked_fill(padded[:, :, None, None], 0) for x in (k, v))
-        o = bsbr_attention(q, k, v, self.config, scale=scale, lengths=lengths, calibration=calibration)
+        o = bsbr_attention(q, k, v, self.config, scale=scale, lengths=lengths, calibration=calibration, sinks=sinks)
         assert isinstance(o, Tensor)
         self._fill(k.detach().transpose(1, 2), v.detach().transpose(1, 2), counts)
         return o
@@ -225,8 +232,9 @@ class BlockCache:
         self._floors[row] = max(0, block - 1)
 
     def _piece(
-        self, piece: Piece, q: Tensor, k: Tensor, v: Tensor, o: Tensor, scale: float, calibration: Tensor
-    ) -> None:
+        self, piece: Piece, q: Tensor, k: Tensor, v: Tensor, o: Tensor, scale: float, calibration: Tensor,
+        sinks: Tensor | None,
+    ) -> None:  # fmt: skip
         """Add the tokens of a piece, attend from them, and finish the blocks they complete."""
         assert self._own is not None
         assert self._summaries is not None
@@ -237,13 +245,14 @@ class BlockCache:
         own_k, own_v, unseen = self._own.add(piece, rows, new[1], new[2])
         folded_q = new[0].unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # [Z, G, S, D]
         own = own_k.flatten(0, 1), own_v.flatten(0, 1), unseen
+        sinks = None if sinks is None else sinks.repeat(len(piece.rows), 1)
         if piece.dense:
             before = self._before(piece, rows, own_k, own_v)
-            part = decode_exact(folded_q, *before, *own, calibration.dtype, scale)
+            part = decode_exact(folded_q, *before, *own, calibration.dtype, scale, sinks)
         else:
             past = Past(*self._summaries.before(piece, rows), self._fetch(rows, heads))
             scalars = calibration.repeat(len(piece.rows), 1, 1)
-            part = decode_attention(folded_q, *own, past, self.config, scalars, scale)
+            part = decode_attention(folded_q, *own, past, self.config, scalars, scale, sinks)
         part = part.to(o.dtype).unflatten(0, (-1, heads)).permute(0, 3, 1, 2, 4).flatten(2, 3)
         o[slice(None) if rows is None else rows, piece.start : piece.stop] = part
         for index, row in enumerate(piece.rows):

@@ -16,6 +16,7 @@ from bsbr.ops.groups import Group, by_head, cut_heads, each_group, take_heads
 from bsbr.ops.native.forward import native_forward
 from bsbr.ops.routing import select_blocks
 from bsbr.ops.schedule import Plan, Segment
+from bsbr.ops.sinks import add_sinks, sinks_gradient
 from bsbr.ops.summaries import summarize
 from bsbr.ops.tiles import Dropout, attend, attend_backward
 
@@ -36,6 +37,7 @@ def chunked_attention(
     block_indices: Tensor | None,
     dropout: Dropout,
     native: bool = False,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the attention of `reference_attention` in memory linear in the number of tokens.
 
@@ -53,11 +55,12 @@ def chunked_attention(
         block_indices: selection to use, [B, Tq, HQ, top_k], or None to choose here.
         dropout: dropout of the attention weights, not of the far field's.
         native: leave the forward pass to the C code (`bsbr.ops.native`).
+        sinks: a logit for each query head, [HQ], or None.
     Returns:
         o [B, Tq, HQ, Dv], and lse [B, Tq, HQ] in float32 or better.
     """
     plan = Plan(config, scale, q_start, q.shape[1], dropout)
-    return _Chunked.apply(plan, native, block_indices, q, k, v, calibration)
+    return _Chunked.apply(plan, native, block_indices, q, k, v, calibration, sinks)
 
 
 class _Chunked(torch.autograd.Function):
@@ -71,6 +74,7 @@ class _Chunked(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         calibration: Tensor,
+        sinks: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         if native:
             o, lse, every = native_forward(plan, q, k, v, calibration, block_indices)
@@ -78,14 +82,16 @@ class _Chunked(torch.autograd.Function):
             chosen = [every[group].flatten(0, 1) for group in cut_heads(q, k)]
         else:
             o, lse, chosen = _forward(plan, block_indices, q, k, v, calibration)
+        if sinks is not None:
+            o, lse = add_sinks(o, lse, sinks)
         ctx.plan = plan
-        ctx.save_for_backward(q, k, v, calibration, o, lse, *chosen)
+        ctx.save_for_backward(q, k, v, calibration, sinks, o, lse, *chosen)
         ctx.mark_non_differentiable(lse)
         return o, lse
 
     @staticmethod
     def backward(ctx: Any, do: Tensor, _: Any) -> tuple[Any, ...]:  # type: ignore[override]
-        q, k, v, calibration, o, lse, *chosen = ctx.saved_tensors
+        q, k, v, calibration, sinks, o, lse, *chosen = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
         def work(index: int, group: Group) -> tuple[slice, Tensor]:
@@ -102,7 +108,8 @@ class _Chunked(torch.autograd.Function):
         dcalibration = torch.zeros_like(calibration)
         for heads, scalars in each_group(work, q, k):
             dcalibration.unflatten(0, (k.shape[2], -1))[heads] += scalars
-        return None, None, None, dq, dk, dv, dcalibration
+        dsinks = None if sinks is None else sinks_gradient(do, o, lse, sinks)
+        return None, None, None, dq, dk, dv, dcalibration, dsinks
 
 
 def _forward(

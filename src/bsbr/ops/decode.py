@@ -46,6 +46,7 @@ def decode_attention(
     config: BSBRConfig,
     calibration: Tensor,
     scale: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend to the own block, to the `top_k` past blocks of largest estimated mass, and to the others by summary.
 
@@ -59,6 +60,7 @@ def decode_attention(
         config: the settings; the state is "global" or "none".
         calibration: [Z, G, 5], in float32 or better.
         scale: factor on q.k.
+        sinks: [Z, G], or None.
     Returns:
         o, [Z, G, S, Dv], in the dtype of calibration.
 
@@ -84,12 +86,14 @@ def decode_attention(
         head = torch.arange(len(q), device=q.device)[:, None, None].expand_as(chosen)
         keys, gathered = (x.flatten(-3, -2).to(dtype) for x in past.fetch(head, chosen))  # [Z, C, top_k * unit, D]
         scores.append((keys @ (scale * columns)[..., None])[..., 0])
+    gathered_weights = len(scores) - 1
+    scores.extend(_sink_scores(sinks, q))
     weights, lse = _softmax(scores)
     o = weights[0] @ own_v
     if past.meta is not None and past.mean_v is not None:
         o += _far_output(columns, weights[1], past.mean_v, past.state, scalars, scale)
     if gathered is not None:
-        o += (weights[-1][:, :, None] @ gathered)[:, :, 0]
+        o += (weights[gathered_weights][:, :, None] @ gathered)[:, :, 0]
     elif chosen is not None:
         o = _merge_shared(columns, chosen, past, scale, o, lse)
     return o.view(*q.shape[:3], -1)
@@ -97,7 +101,7 @@ def decode_attention(
 
 def decode_exact(
     q: Tensor, k: Tensor, v: Tensor, unseen: Tensor | None, own_k: Tensor, own_v: Tensor, own_unseen: Tensor | None,
-    dtype: torch.dtype, scale: float,
+    dtype: torch.dtype, scale: float, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attend to the whole past exactly, as queries before `dense_until` do.
 
@@ -108,6 +112,7 @@ def decode_exact(
         own_k, own_v, own_unseen: as `unseen` and its keys in `decode_attention`.
         dtype: of the result and the computation.
         scale: factor on q.k.
+        sinks: [Z, G], or None.
     Returns:
         o, [Z, G, S, Dv].
 
@@ -119,9 +124,15 @@ def decode_exact(
     columns = q.to(dtype).flatten(1, 2)
     scores = [_exact_scores(columns, own_k.to(dtype), own_unseen, scale)]
     scores.append(_exact_scores(columns, k.to(dtype), unseen, scale))
+    scores.extend(_sink_scores(sinks, q))
     weights, _ = _softmax(scores)
     o = weights[0] @ own_v.to(dtype) + weights[1] @ v.to(dtype)
     return o.view(*q.shape[:3], -1)
+
+
+def _sink_scores(sinks: Tensor | None, q: Tensor) -> list[Tensor]:
+    """The sinks [Z, G] as scores [Z, C, 1] of an entry whose value is 0, or no scores."""
+    return [] if sinks is None else [sinks.repeat_interleave(q.shape[2], 1)[..., None]]
 
 
 def _exact_scores(columns: Tensor, k: Tensor, unseen: Tensor | None, scale: float) -> Tensor:

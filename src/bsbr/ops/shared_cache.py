@@ -58,11 +58,12 @@ class SharedCache:
         scale: float,
         calibration: Tensor | None = None,
         counts: Sequence[int] | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Add tokens to each row and attend from them.
 
         Args:
-            q, k, v, scale, calibration, counts: as for `BlockCache.attend`.
+            q, k, v, scale, calibration, counts, sinks: as for `BlockCache.attend`.
         Returns:
             o, [B, T, HQ, Dv].
         Raises:
@@ -74,7 +75,8 @@ class SharedCache:
         for share, cache in zip(self._shares, self._caches, strict=True):
             own = [take_share(x, share.heads, k.shape[2]) for x in (q, k, v)]
             scalars = None if calibration is None else take_share(calibration, share.heads, k.shape[2], 0)
-            parts.append(cache.attend(*own, scale=scale, calibration=scalars, counts=counts))
+            logits = None if sinks is None else take_share(sinks, share.heads, k.shape[2], 0)
+            parts.append(cache.attend(*own, scale=scale, calibration=scalars, counts=counts, sinks=logits))
         return join_shares(parts, [share.heads for share in self._shares])
 
     def fill(self, k: Tensor, v: Tensor) -> None:

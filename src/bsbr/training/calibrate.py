@@ -82,7 +82,7 @@ def calibrate(
         ValueError: a number that must be positive is not.
     """
     _check_counts(tokens=tokens, length=length, queries_per_head=queries_per_head, steps=steps)
-    settings = _config(model, spread_top_k)
+    settings = replace(_config(model, spread_top_k), top_k_per_head=None)
     plan = _plan(model, settings, length)
     windows, held_out = _hold_out(_windows(input_ids_or_text, tokenizer, tokens, plan).to(model.device))
     _uncalibrate(model)

@@ -321,7 +321,7 @@ def _finish(student: Any, model: PreTrainedModel) -> PreTrainedModel:
 def _controls(model: PreTrainedModel, settings: BSBRConfig) -> dict[str, PreTrainedModel]:
     """The model, its weights with exact attention, and with nothing retrieved: what sparse attention itself does."""
     off = share(model)
-    off.config.bsbr = write_settings(replace(settings, top_k=0))
+    off.config.bsbr = write_settings(replace(settings, top_k=0, top_k_per_head=None))
     return {"converted": model, "dense": revert(model), "retrieval_off": off}
 
 

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from bsbr.hf.attention import NAME
+from bsbr.hf.exact import exact_attention
 from bsbr.hf.modeling import attention_modules
 
 _TEACHER = "bsbr_teacher"
@@ -73,12 +73,12 @@ def observe(model: PreTrainedModel, windows: Tensor, observer: Observer, progres
 
 def _teach(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Any]:
     """Exact attention, as transformers calls it, that shows what it is given to the module's observer."""
     observer: Observer | None = getattr(module, _OBSERVER, None)
     if observer is not None:
         observer(module, query, key, value, kwargs["scaling"])
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return exact_attention(module, query, key, value, attention_mask, **kwargs)
 
 
 AttentionInterface.register(_TEACHER, _teach)
