@@ -9,11 +9,13 @@ from torch import Tensor
 from bsbr.config import BSBRConfig
 from bsbr.ops.attention import bsbr_attention
 from bsbr.ops.decode import Past, decode_attention, decode_exact
+from bsbr.ops.device_step import DeviceStep
 from bsbr.ops.own_blocks import OwnBlocks
 from bsbr.ops.pieces import Piece, cut, row_numbers
 from bsbr.ops.running import SUMMARISED, RunningSummaries
 from bsbr.ops.stores import Store
 from bsbr.ops.summaries import UNCALIBRATED
+from bsbr.ops.triton.problem import why_not_decode
 
 Mode = Literal["full", "offload", "states"]
 MODES: tuple[Mode, ...] = ("full", "offload", "states")
@@ -67,6 +69,7 @@ class BlockCache:
     def __init__(self, config: BSBRConfig, mode: Mode = "full") -> None:
         check_mode(config, mode)
         self.config, self.mode = config, mode
+        self._per_block = config.block_size // config.unit
         self.reset()
 
     def reset(self) -> None:
@@ -76,6 +79,7 @@ class BlockCache:
         self._own: OwnBlocks | None = None
         self._summaries: RunningSummaries | None = None
         self._store: Store | None = None
+        self._device_step = DeviceStep()
 
     def attend(
         self,
@@ -107,10 +111,14 @@ class BlockCache:
         if max(self.lengths) == 0:
             return self._first(q, k, v, scale, calibration, counts)
         with torch.no_grad():
+            calibration, pieces = calibration.to(wide), cut(tuple(self.lengths), counts, self.config)
+            if len(pieces) == 1 and len(pieces[0].rows) == len(q) and pieces[0].stop == q.shape[1]:
+                return self._piece(pieces[0], q, k, v, scale, calibration)
             o = q.new_zeros(*q.shape[:3], v.shape[3])
-            by_head = calibration.to(wide).unflatten(0, (k.shape[2], -1))
-            for piece in cut(tuple(self.lengths), counts, self.config):
-                self._piece(piece, q, k, v, o, scale, by_head)
+            for piece in pieces:
+                span = slice(piece.start, piece.stop)
+                rows = slice(None) if len(piece.rows) == len(q) else row_numbers(piece.rows, q.device)
+                o[rows, span] = self._piece(piece, q[rows, span], k[rows, span], v[rows, span], scale, calibration)
         return o
 
     def fill(self, k: Tensor, v: Tensor) -> None:
@@ -121,6 +129,30 @@ class BlockCache:
         """
         self._start(k, v)
         self._fill(k.detach().transpose(1, 2), v.detach().transpose(1, 2), (k.shape[1],) * k.shape[0])
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for rows of this many tokens, so that no buffer moves until then, as a CUDA graph needs.
+
+        Args:
+            tokens: of each row, those that are there included.
+        """
+        blocks = tokens // self.config.block_size
+        for part, count in (
+            (self._store, blocks * self.config.block_size),
+            (self._summaries, blocks * self._per_block),
+        ):
+            if part is not None:
+                part.reserve(count)
+
+    def replayed(self) -> None:
+        """Note that a CUDA graph of a step of one token was replayed: each row has one more.
+
+        Not for the first replay after a capture, whose token the capture has counted already.
+        """
+        every = range(len(self.lengths))
+        self._device_step.advance(every, 1)
+        self.lengths = [length + 1 for length in self.lengths]
+        self._finish_full(every)
 
     def crop(self, lengths: Sequence[int]) -> None:
         """Forget the end of each row.
@@ -220,44 +252,54 @@ class BlockCache:
         self._summaries.sum_again(row, block, k, v)
         self._floors[row] = max(0, block - 1)
 
-    def _piece(
-        self, piece: Piece, q: Tensor, k: Tensor, v: Tensor, o: Tensor, scale: float, calibration: Tensor
-    ) -> None:
-        """Add the tokens of a piece, attend from them, and finish the blocks they complete."""
+    def _piece(self, piece: Piece, q: Tensor, k: Tensor, v: Tensor, scale: float, calibration: Tensor) -> Tensor:
+        """Add the tokens of a piece [R, S, heads, width], attend from them, and finish the blocks they complete."""
         assert self._own is not None
         assert self._summaries is not None
-        every = len(piece.rows) == len(self.lengths)
-        rows = None if every else row_numbers(piece.rows, q.device)
-        new = [x[:, piece.start : piece.stop] if rows is None else x[rows, piece.start : piece.stop] for x in (q, k, v)]
-        heads = k.shape[2]
-        own_k, own_v, unseen = self._own.add(piece, rows, new[1], new[2])
-        folded_q = new[0].unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # [Z, G, S, D]
+        kernels = not piece.dense and (self.mode != "offload" or not self.config.top_k)
+        if kernels and why_not_decode(q, k, v, self.config) is None:
+            parts = self._own, self._summaries, self._store
+            o = self._device_step.attend(piece, q, k, v, self.lengths, parts, self.config, calibration, scale)
+        else:
+            o = self._by_tensors(piece, q, k, v, scale, calibration)
+        for index, row in enumerate(piece.rows):
+            self.lengths[row] = piece.places[index] + piece.stop - piece.start
+        self._finish_full(piece.rows)
+        return o
+
+    def _by_tensors(self, piece: Piece, q: Tensor, k: Tensor, v: Tensor, scale: float, calibration: Tensor) -> Tensor:
+        """Add the tokens of a piece and attend from them, by operations of PyTorch."""
+        assert self._own is not None
+        assert self._summaries is not None
+        rows = None if len(piece.rows) == len(self.lengths) else row_numbers(piece.rows, q.device)
+        heads, by_head = k.shape[2], calibration.unflatten(0, (k.shape[2], -1))
+        own_k, own_v, unseen = self._own.add(piece, rows, k, v)
+        folded_q = q.unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # [Z, G, S, D]
         own = own_k.flatten(0, 1), own_v.flatten(0, 1), unseen
         if piece.dense:
             before = self._before(piece, rows, own_k, own_v)
-            part = decode_exact(folded_q, *before, *own, calibration.dtype, scale)
+            o = decode_exact(folded_q, *before, *own, calibration.dtype, scale)
         else:
             past = Past(*self._summaries.before(piece, rows), self._fetch(rows, heads))
-            scalars = calibration.repeat(len(piece.rows), 1, 1)
-            part = decode_attention(folded_q, *own, past, self.config, scalars, scale)
-        part = part.to(o.dtype).unflatten(0, (-1, heads)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-        o[slice(None) if rows is None else rows, piece.start : piece.stop] = part
-        for index, row in enumerate(piece.rows):
-            self.lengths[row] = piece.places[index] + piece.stop - piece.start
-        self._finish_full(piece, own_k, own_v)
+            scalars = by_head.repeat(len(piece.rows), 1, 1)
+            o = decode_attention(folded_q, *own, past, self.config, scalars, scale)
+        return o.to(q.dtype).unflatten(0, (-1, heads)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
-    def _finish_full(self, piece: Piece, own_k: Tensor, own_v: Tensor) -> None:
-        """Finish the own blocks [R, H, block_size, D] that a piece has filled."""
-        size, together = self.config.block_size, piece.even and len(piece.rows) == len(self.lengths)
-        finished = [index for index, row in enumerate(piece.rows) if self.lengths[row] % size == 0]
-        for index in finished:
-            row = piece.rows[index]
-            self._floors[row] = block = self.lengths[row] // size - 1
-            if not together:
-                one = slice(index, index + 1)
-                self._finish(slice(row, row + 1), block, own_k[one], own_v[one], [block + 1])
-        if finished and together:
-            self._finish(slice(None), block, own_k, own_v, [block + 1] * len(finished))
+    def _finish_full(self, rows: Sequence[int]) -> None:
+        """Finish the own blocks that these rows have filled."""
+        assert self._own is not None
+        size = self.config.block_size
+        finished = [row for row in rows if self.lengths[row] % size == 0]
+        if finished and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("this step completes a block, which a CUDA graph must not repeat: capture another step")
+        for row in finished:
+            self._floors[row] = self.lengths[row] // size - 1
+        blocks = {self._floors[row] for row in finished}
+        together = len(blocks) == 1 and len(finished) == len(self.lengths)
+        for one in (slice(None),) if together else tuple(slice(row, row + 1) for row in finished):
+            block = self._floors[finished[0] if together else one.start]
+            held = self._own.finished(one, block)
+            self._finish(one, block, *held, [block + 1] * len(held[0]))
 
     def _before(
         self, piece: Piece, rows: Tensor | None, own_k: Tensor, own_v: Tensor
