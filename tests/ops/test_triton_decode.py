@@ -1,4 +1,4 @@
-"""A step of decoding by kernels computes what the reference defines: on a GPU, or interpreted in a process of its own."""
+"""A step of decoding by kernels computes what the reference defines: on a GPU, or interpreted on a CPU."""
 
 import os
 import subprocess

@@ -223,6 +223,7 @@ class BlockCache:
         assert self._own is not None
         size = self.config.block_size
         blocks = [count // size for count in counts]
+        self.reserve(max(counts))  # one buffer for all of it, rather than one after the other
         for start in range(0, max(blocks), SUMMARISED):
             span = slice(start * size, min(start + SUMMARISED, max(blocks)) * size)
             self._finish(slice(None), start, k[:, :, span], v[:, :, span], blocks)
