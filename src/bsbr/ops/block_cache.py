@@ -1,6 +1,7 @@
 """What decoding keeps of a text: its last two local blocks, a summary of each past block, past keys and values."""
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -107,7 +108,7 @@ class BlockCache:
             self._start(k, v)
         wide = torch.promote_types(q.dtype, torch.float32)
         if calibration is None:
-            calibration = q.new_tensor(UNCALIBRATED, dtype=wide).expand(q.shape[2], 5)
+            calibration = _uncalibrated(q.shape[2], wide, q.device)
         if max(self.lengths) == 0:
             return self._first(q, k, v, scale, calibration, counts)
         with torch.no_grad():
@@ -325,3 +326,9 @@ class BlockCache:
             return self._store.fetch(head if rows is None else rows[head // heads] * heads + head % heads, block)
 
         return fetch
+
+
+@lru_cache(maxsize=16)  # a CUDA graph cannot copy it from the host
+def _uncalibrated(heads: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(UNCALIBRATED, dtype=dtype, device=device).repeat(heads, 1)
