@@ -5,6 +5,7 @@ python -m benchmarks.model_gpu --length 131072
 
 import argparse
 import gc
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,7 @@ def main() -> None:
     original = make_model(options)
     converted = convert(original, config)
     parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "prefill": lambda: prefill(original, converted, options.length),
+        "prefill": lambda: prefill(original, converted, options.length, options.peers),
         "decode": lambda: decode(original, converted, options.length),
         "memory": lambda: memory(original, config, options.length),
     }
@@ -65,7 +66,7 @@ def make_model(options: argparse.Namespace) -> LlamaForCausalLM:
     return model
 
 
-def prefill(original: Any, converted: Any, length: int) -> dict[str, Any]:
+def prefill(original: Any, converted: Any, length: int, peers: list[str]) -> dict[str, Any]:
     """Read a text into a fresh cache, logits of the last token; and how much of it is attention."""
     generator = torch.Generator(original.device).manual_seed(0)
     ids = torch.randint(original.config.vocab_size, (1, length), generator=generator, device=original.device)
@@ -82,23 +83,24 @@ def prefill(original: Any, converted: Any, length: int) -> dict[str, Any]:
 
     dense = read(original, lambda: DynamicCache(config=original.config))
     calls = {"bsbr": ("bsbr", read(converted, lambda: BSBRCache(converted.config)))}
-    calls |= {name: ("sdpa", with_backend(backend, dense)) for name, backend in BACKENDS.items()}
+    calls |= {name: ("sdpa", with_backend(backend, dense)) for name, backend in BACKENDS.items() if name in peers}
     times: dict[str, Any] = {}
     shares: dict[str, float] = {}
     for name, (implementation, call) in calls.items():
-        times[name] = summary([_milliseconds(call) for _ in range(4)][1:])
-        shares[name] = attention_share(implementation, call)
+        samples = [timed(implementation, call) for _ in range(4)][1:]
+        times[name] = summary([whole for whole, _ in samples])
+        shares[name] = statistics.median(attention / whole for whole, attention in samples)
     best = min((name for name in times if name != "bsbr"), key=lambda name: times[name]["median"])
     speedup = {name: x["median"] / times["bsbr"]["median"] for name, x in times.items() if name != "bsbr"}
     return {"time_ms": times, "attention_share": shares, "best_baseline": best, "speedup": speedup}
 
 
-def attention_share(implementation: str, call: Callable[[], object]) -> float:
-    """Share of a call's time inside the attention function, by events around each layer's."""
+def timed(implementation: str, call: Callable[[], object]) -> tuple[float, float]:
+    """Milliseconds of a call, and of those between events around each layer's attention function."""
     functions = AttentionInterface()
     inner, events = functions[implementation], []
 
-    def timed(*args: Any, **kwargs: Any) -> Any:
+    def attend(*args: Any, **kwargs: Any) -> Any:
         pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         pair[0].record()
         result = inner(*args, **kwargs)
@@ -106,12 +108,12 @@ def attention_share(implementation: str, call: Callable[[], object]) -> float:
         events.append(pair)
         return result
 
-    AttentionInterface.register(implementation, timed)
+    AttentionInterface.register(implementation, attend)
     try:
         whole = _milliseconds(call)
     finally:
         AttentionInterface.register(implementation, inner)
-    return sum(start.elapsed_time(end) for start, end in events) / whole
+    return whole, sum(start.elapsed_time(end) for start, end in events)
 
 
 def decode(original: Any, converted: Any, length: int) -> dict[str, Any]:
@@ -255,6 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--length", type=int, default=131072, help="tokens of the text")
     parser.add_argument("--parts", nargs="+", choices=("prefill", "decode", "memory"),
                         default=("prefill", "decode", "memory"))  # fmt: skip
+    parser.add_argument("--peers", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="what prefill is beside")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=128256)
