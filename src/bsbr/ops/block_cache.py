@@ -1,6 +1,6 @@
 """What decoding keeps of a text: its last two local blocks, a summary of each past block, past keys and values."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from bsbr.config import BSBRConfig
 from bsbr.ops.attention import bsbr_attention
-from bsbr.ops.decode import Past, decode_attention, decode_exact
 from bsbr.ops.device_step import DeviceStep
 from bsbr.ops.own_blocks import OwnBlocks
 from bsbr.ops.pieces import Piece, cut, row_numbers
 from bsbr.ops.running import SUMMARISED, RunningSummaries
 from bsbr.ops.stores import Store
 from bsbr.ops.summaries import UNCALIBRATED
+from bsbr.ops.tensor_step import attend_by_tensors
 from bsbr.ops.triton.problem import why_not_decode
 
 Mode = Literal["full", "offload", "states"]
@@ -258,34 +258,17 @@ class BlockCache:
         """Add the tokens of a piece [R, S, heads, width], attend from them, and finish the blocks they complete."""
         assert self._own is not None
         assert self._summaries is not None
+        parts = self._own, self._summaries, self._store
         kernels = not piece.dense and (self.mode != "offload" or not self.config.top_k)
         if kernels and why_not_decode(q, k, v, self.config) is None:
-            parts = self._own, self._summaries, self._store
             o = self._device_step.attend(piece, q, k, v, self.lengths, parts, self.config, calibration, scale)
         else:
-            o = self._by_tensors(piece, q, k, v, scale, calibration)
+            rows = None if len(piece.rows) == len(self.lengths) else row_numbers(piece.rows, q.device)
+            o = attend_by_tensors(piece, rows, q, k, v, parts, self.config, calibration, scale)
         for index, row in enumerate(piece.rows):
             self.lengths[row] = piece.places[index] + piece.stop - piece.start
         self._finish_full(piece.rows)
         return o
-
-    def _by_tensors(self, piece: Piece, q: Tensor, k: Tensor, v: Tensor, scale: float, calibration: Tensor) -> Tensor:
-        """Add the tokens of a piece and attend from them, by operations of PyTorch."""
-        assert self._own is not None
-        assert self._summaries is not None
-        rows = None if len(piece.rows) == len(self.lengths) else row_numbers(piece.rows, q.device)
-        heads, by_head = k.shape[2], calibration.unflatten(0, (k.shape[2], -1))
-        own_k, own_v, unseen = self._own.add(piece, rows, k, v)
-        folded_q = q.unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # [Z, G, S, D]
-        own = own_k.flatten(0, 1), own_v.flatten(0, 1), unseen
-        if piece.dense:
-            before = self._before(piece, rows, own_k, own_v)
-            o = decode_exact(folded_q, *before, *own, calibration.dtype, scale)
-        else:
-            past = Past(*self._summaries.before(piece, rows), self._fetch(rows, heads))
-            scalars = by_head.repeat(len(piece.rows), 1, 1)
-            o = decode_attention(folded_q, *own, past, self.config, scalars, scale)
-        return o.to(q.dtype).unflatten(0, (-1, heads)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
     def _finish_full(self, rows: Sequence[int]) -> None:
         """Finish the own blocks that these rows have filled."""
@@ -302,30 +285,6 @@ class BlockCache:
             block = self._floors[finished[0] if together else one.start]
             held = self._own.finished(one, block)
             self._finish(one, block, *held, [block + 1] * len(held[0]))
-
-    def _before(
-        self, piece: Piece, rows: Tensor | None, own_k: Tensor, own_v: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values before the rows' own blocks, [Z, T, D], and which of them are not there, [Z, 1, T]."""
-        size = self.config.block_size
-        stops = [start // size * size for start in piece.places]
-        if self._store is None or not max(stops):
-            return own_k.flatten(0, 1)[:, :0], own_v.flatten(0, 1)[:, :0], None
-        k, v = (x if rows is None else x[rows] for x in self._store.prefix(max(stops)))
-        absent = None
-        if not piece.even:
-            stop = row_numbers(tuple(stops), k.device)[:, None, None]
-            absent = (torch.arange(max(stops), device=k.device) >= stop).repeat_interleave(k.shape[1], 0)
-        return k.flatten(0, 1), v.flatten(0, 1), absent
-
-    def _fetch(self, rows: Tensor | None, heads: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Read blocks of these rows, whose key heads are counted from the first of them."""
-
-        def fetch(head: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
-            assert self._store is not None
-            return self._store.fetch(head if rows is None else rows[head // heads] * heads + head % heads, block)
-
-        return fetch
 
 
 @lru_cache(maxsize=16)  # a CUDA graph cannot copy it from the host
