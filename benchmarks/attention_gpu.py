@@ -23,6 +23,9 @@ from bsbr.ops import UNCALIBRATED, bsbr_attention, reference_attention
 from bsbr.ops.schedule import dense_until
 
 PEERS = {"sdpa-cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa-flash": SDPBackend.FLASH_ATTENTION}
+DROP = "far field dropped"
+"""The same blocks retrieved, and nothing else of the past, as MoBA does; by the same kernels."""
+
 TOLERANCE = 2.0**-6
 """Largest error at a checked row in units of the weighted mean of absolute values: two roundings to bfloat16."""
 
@@ -42,7 +45,7 @@ def main() -> None:
         tensors = draw(length, options.heads, options.key_heads, options.width)
         checked = check(tensors, config) if length > dense_until(config) else None
         for name in options.passes:
-            contenders = ["bsbr", *(peer for peer in PEERS if length <= options.longest_peer)]
+            contenders = ["bsbr", *options.drop, *(peer for peer in PEERS if length <= options.longest_peer)]
             row = {
                 "length": length,
                 "pass": name,
@@ -75,10 +78,11 @@ def draw(length: int, heads: int, key_heads: int, width: int) -> list[Tensor]:
 
 def make_call(contender: str, name: str, tensors: list[Tensor], config: BSBRConfig) -> Callable[[], object]:
     """A call without arguments that does one pass of one contender."""
+    dropped = BSBRConfig.from_dict(config.to_dict() | {"far": "drop", "state": "none"})
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if contender == "bsbr":
-            o = bsbr_attention(q, k, v, config)
+        if contender in ("bsbr", DROP):
+            o = bsbr_attention(q, k, v, config if contender == "bsbr" else dropped)
             assert isinstance(o, Tensor)
             return o
         with sdpa_kernel(PEERS[contender]):
@@ -211,6 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--dense-below", type=int, default=4096, help="positions below it are exact")
+    parser.add_argument("--drop", action="store_const", const=(DROP,), default=(), help="time MoBA's form too")
     parser.add_argument("--longest-peer", type=int, default=1 << 20, help="peers are timed up to this length")
     parser.add_argument("--budget", type=float, default=2.0, help="seconds for the calls of one contender")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/attention_gpu.json"))

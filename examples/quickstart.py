@@ -17,7 +17,7 @@ MODEL = EMBEDDED_MODEL
 def main() -> None:
     """Run the example."""
     original, tokenizer = load_model(MODEL), load_tokenizer(MODEL)
-    config = bsbr.BSBRConfig(block_size=64, top_k=2, dense_below=0)
+    config = bsbr.BSBRConfig(block_size=64, top_k=2, dense_below=192)
     model = bsbr.convert(original, config)  # shares the weights; `original` stays usable
     # Few tokens, so that the example is quick; leave both numbers out for a model that is to be used.
     bsbr.calibrate(model, calibration_text(), tokenizer=tokenizer, tokens=2048, length=1024, queries_per_head=64)
@@ -26,7 +26,7 @@ def main() -> None:
     ids = tokenizer(book[20_000:23_000], return_tensors="pt").input_ids[:, :640]
     with torch.no_grad():
         same = original(ids).logits.argmax(-1) == model(ids).logits.argmax(-1)
-    exact = (config.top_k + 1) * config.block_size  # up to here every block is read exactly
+    exact = config.dense_below  # up to here every query reads its whole past
     print(f"same next token, first {exact} positions: {same[:, :exact].float().mean():.1%}")
     print(f"same next token, later positions: {same[:, exact:].float().mean():.1%}")
 

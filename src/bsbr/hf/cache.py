@@ -56,6 +56,31 @@ class BSBRCache(Cache):
             ]
         )
 
+    def reserve(self, tokens: int) -> None:
+        """Make room for rows of this many tokens: a CUDA graph of a step is right while no buffer moves.
+
+        Call it when the cache holds tokens already.
+
+        Args:
+            tokens: of each row, those that are there included.
+        """
+        for layer in self._block_layers():
+            layer.blocks.reserve(tokens)
+
+    def replayed(self) -> None:
+        """Note that a CUDA graph of a step of one token was replayed; not for the first replay after its capture.
+
+        A graph runs no Python, so this is what counts the token and, at the end of a block, summarises it.
+        """
+        for layer in self._block_layers():
+            layer.replayed()
+
+    def _block_layers(self) -> list["BSBRLayer"]:
+        layers = [layer for layer in self.layers if isinstance(layer, BSBRLayer)]
+        if len(layers) != len(self.layers):
+            raise UserError("layers with a sliding window cannot be replayed in a CUDA graph")
+        return layers
+
     def num_bytes(self) -> dict[str, int]:
         """Return the memory of the whole cache in bytes, by kind: "device" and "host"."""
         used = {"device": 0, "host": 0}
@@ -166,6 +191,13 @@ class BSBRLayer(CacheLayerMixin):
         self.reset()
         self.blocks.fill(key_states.transpose(1, 2), value_states.transpose(1, 2))
         self._slots = key_states.shape[2]
+
+    def replayed(self) -> None:
+        """Note that a CUDA graph of a step of one token was replayed."""
+        if self._mask is not None:
+            raise NotImplementedError("a replayed step takes no mask: use rows of one length without padding")
+        self._slots += 1
+        self.blocks.replayed()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the slots after a call, padding included, and the first of them."""

@@ -1,6 +1,7 @@
 """What decoding keeps of a text: its last two local blocks, a summary of each past block, past keys and values."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -8,12 +9,14 @@ from torch import Tensor
 
 from bsbr.config import BSBRConfig
 from bsbr.ops.attention import bsbr_attention
-from bsbr.ops.decode import Past, decode_attention, decode_exact
+from bsbr.ops.device_step import DeviceStep
 from bsbr.ops.own_blocks import OwnBlocks
 from bsbr.ops.pieces import Piece, cut, row_numbers
 from bsbr.ops.running import SUMMARISED, RunningSummaries
 from bsbr.ops.stores import Store
 from bsbr.ops.summaries import UNCALIBRATED
+from bsbr.ops.tensor_step import attend_by_tensors
+from bsbr.ops.triton.problem import why_not_decode
 
 Mode = Literal["full", "offload", "states"]
 MODES: tuple[Mode, ...] = ("full", "offload", "states")
@@ -73,6 +76,7 @@ class BlockCache:
         if config.top_k_per_head is not None:
             raise ValueError("a BlockCache reads one number of blocks for all heads: make it with `block_cache`")
         self.config, self.mode = config, mode
+        self._per_block = config.block_size // config.unit
         self.reset()
 
     def reset(self) -> None:
@@ -82,6 +86,7 @@ class BlockCache:
         self._own: OwnBlocks | None = None
         self._summaries: RunningSummaries | None = None
         self._store: Store | None = None
+        self._device_step = DeviceStep()
 
     def attend(
         self,
@@ -111,16 +116,20 @@ class BlockCache:
             self._start(k, v)
         wide = torch.promote_types(q.dtype, torch.float32)
         if calibration is None:
-            calibration = q.new_tensor(UNCALIBRATED, dtype=wide).expand(q.shape[2], 5)
+            calibration = _uncalibrated(q.shape[2], wide, q.device)
         if max(self.lengths) == 0:
             return self._first(q, k, v, scale, calibration, counts, sinks)
         with torch.no_grad():
+            calibration, pieces = calibration.to(wide), cut(tuple(self.lengths), counts, self.config)
+            sinks = None if sinks is None else sinks.to(wide)
+            if len(pieces) == 1 and len(pieces[0].rows) == len(q) and pieces[0].stop == q.shape[1]:
+                return self._piece(pieces[0], q, k, v, scale, calibration, sinks)
             o = q.new_zeros(*q.shape[:3], v.shape[3])
-            by_head = calibration.to(wide).unflatten(0, (k.shape[2], -1))
-            if sinks is not None:
-                sinks = sinks.to(wide).view(k.shape[2], -1)
-            for piece in cut(tuple(self.lengths), counts, self.config):
-                self._piece(piece, q, k, v, o, scale, by_head, sinks)
+            for piece in pieces:
+                span = slice(piece.start, piece.stop)
+                rows = slice(None) if len(piece.rows) == len(q) else row_numbers(piece.rows, q.device)
+                new_q, new_k, new_v = (x[rows, span] for x in (q, k, v))
+                o[rows, span] = self._piece(piece, new_q, new_k, new_v, scale, calibration, sinks)
         return o
 
     def fill(self, k: Tensor, v: Tensor) -> None:
@@ -131,6 +140,30 @@ class BlockCache:
         """
         self._start(k, v)
         self._fill(k.detach().transpose(1, 2), v.detach().transpose(1, 2), (k.shape[1],) * k.shape[0])
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for rows of this many tokens, so that no buffer moves until then, as a CUDA graph needs.
+
+        Args:
+            tokens: of each row, those that are there included.
+        """
+        blocks = tokens // self.config.block_size
+        for part, count in (
+            (self._store, blocks * self.config.block_size),
+            (self._summaries, blocks * self._per_block),
+        ):
+            if part is not None:
+                part.reserve(count)
+
+    def replayed(self) -> None:
+        """Note that a CUDA graph of a step of one token was replayed: each row has one more.
+
+        Not for the first replay after a capture, whose token the capture has counted already.
+        """
+        every = range(len(self.lengths))
+        self._device_step.advance(every, 1)
+        self.lengths = [length + 1 for length in self.lengths]
+        self._finish_full(every)
 
     def crop(self, lengths: Sequence[int]) -> None:
         """Forget the end of each row.
@@ -202,6 +235,7 @@ class BlockCache:
         assert self._own is not None
         size = self.config.block_size
         blocks = [count // size for count in counts]
+        self.reserve(max(counts))  # one buffer for all of it, rather than one after the other
         for start in range(0, max(blocks), SUMMARISED):
             span = slice(start * size, min(start + SUMMARISED, max(blocks)) * size)
             self._finish(slice(None), start, k[:, :, span], v[:, :, span], blocks)
@@ -232,66 +266,41 @@ class BlockCache:
         self._floors[row] = max(0, block - 1)
 
     def _piece(
-        self, piece: Piece, q: Tensor, k: Tensor, v: Tensor, o: Tensor, scale: float, calibration: Tensor,
-        sinks: Tensor | None,
-    ) -> None:  # fmt: skip
-        """Add the tokens of a piece, attend from them, and finish the blocks they complete."""
+        self, piece: Piece, q: Tensor, k: Tensor, v: Tensor, scale: float, calibration: Tensor, sinks: Tensor | None
+    ) -> Tensor:
+        """Add the tokens of a piece [R, S, heads, width], attend from them, and finish the blocks they complete."""
         assert self._own is not None
         assert self._summaries is not None
-        every = len(piece.rows) == len(self.lengths)
-        rows = None if every else row_numbers(piece.rows, q.device)
-        new = [x[:, piece.start : piece.stop] if rows is None else x[rows, piece.start : piece.stop] for x in (q, k, v)]
-        heads = k.shape[2]
-        own_k, own_v, unseen = self._own.add(piece, rows, new[1], new[2])
-        folded_q = new[0].unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # [Z, G, S, D]
-        own = own_k.flatten(0, 1), own_v.flatten(0, 1), unseen
-        sinks = None if sinks is None else sinks.repeat(len(piece.rows), 1)
-        if piece.dense:
-            before = self._before(piece, rows, own_k, own_v)
-            part = decode_exact(folded_q, *before, *own, calibration.dtype, scale, sinks)
+        parts = self._own, self._summaries, self._store
+        kernels = not piece.dense and (self.mode != "offload" or not self.config.top_k) and sinks is None
+        if kernels and why_not_decode(q, k, v, self.config) is None:
+            o = self._device_step.attend(piece, q, k, v, self.lengths, parts, self.config, calibration, scale)
         else:
-            past = Past(*self._summaries.before(piece, rows), self._fetch(rows, heads))
-            scalars = calibration.repeat(len(piece.rows), 1, 1)
-            part = decode_attention(folded_q, *own, past, self.config, scalars, scale, sinks)
-        part = part.to(o.dtype).unflatten(0, (-1, heads)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-        o[slice(None) if rows is None else rows, piece.start : piece.stop] = part
+            rows = None if len(piece.rows) == len(self.lengths) else row_numbers(piece.rows, q.device)
+            o = attend_by_tensors(piece, rows, q, k, v, parts, self.config, calibration, scale, sinks)
         for index, row in enumerate(piece.rows):
             self.lengths[row] = piece.places[index] + piece.stop - piece.start
-        self._finish_full(piece, own_k, own_v)
+        self._finish_full(piece.rows)
+        return o
 
-    def _finish_full(self, piece: Piece, own_k: Tensor, own_v: Tensor) -> None:
-        """Finish the own blocks [R, H, block_size, D] that a piece has filled."""
-        size, together = self.config.block_size, piece.even and len(piece.rows) == len(self.lengths)
-        finished = [index for index, row in enumerate(piece.rows) if self.lengths[row] % size == 0]
-        for index in finished:
-            row = piece.rows[index]
-            self._floors[row] = block = self.lengths[row] // size - 1
-            if not together:
-                one = slice(index, index + 1)
-                self._finish(slice(row, row + 1), block, own_k[one], own_v[one], [block + 1])
-        if finished and together:
-            self._finish(slice(None), block, own_k, own_v, [block + 1] * len(finished))
-
-    def _before(
-        self, piece: Piece, rows: Tensor | None, own_k: Tensor, own_v: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values before the rows' own blocks, [Z, T, D], and which of them are not there, [Z, 1, T]."""
+    def _finish_full(self, rows: Sequence[int]) -> None:
+        """Finish the own blocks that these rows have filled."""
+        assert self._own is not None
         size = self.config.block_size
-        stops = [start // size * size for start in piece.places]
-        if self._store is None or not max(stops):
-            return own_k.flatten(0, 1)[:, :0], own_v.flatten(0, 1)[:, :0], None
-        k, v = (x if rows is None else x[rows] for x in self._store.prefix(max(stops)))
-        absent = None
-        if not piece.even:
-            stop = row_numbers(tuple(stops), k.device)[:, None, None]
-            absent = (torch.arange(max(stops), device=k.device) >= stop).repeat_interleave(k.shape[1], 0)
-        return k.flatten(0, 1), v.flatten(0, 1), absent
+        finished = [row for row in rows if self.lengths[row] % size == 0]
+        if finished and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("this step completes a block, which a CUDA graph must not repeat: capture another step")
+        for row in finished:
+            self._floors[row] = self.lengths[row] // size - 1
+        blocks = {self._floors[row] for row in finished}
+        together = len(blocks) == 1 and len(finished) == len(self.lengths)
+        for one in (slice(None),) if together else tuple(slice(row, row + 1) for row in finished):
+            block = self._floors[finished[0] if together else one.start]
+            held = self._own.finished(one, block)
+            self._finish(one, block, *held, [block + 1] * len(held[0]))
 
-    def _fetch(self, rows: Tensor | None, heads: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Read blocks of these rows, whose key heads are counted from the first of them."""
 
-        def fetch(head: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
-            assert self._store is not None
-            return self._store.fetch(head if rows is None else rows[head // heads] * heads + head % heads, block)
-
-        return fetch
+@lru_cache(maxsize=16)  # a CUDA graph cannot copy it from the host
+def _uncalibrated(heads: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(UNCALIBRATED, dtype=dtype, device=device).repeat(heads, 1)

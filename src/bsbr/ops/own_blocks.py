@@ -67,6 +67,19 @@ class OwnBlocks:
         found_k, found_v = (x[number, :, halves + key].transpose(1, 2) for x in (self.k, self.v))
         return found_k, found_v, (key > place[..., None]).repeat_interleave(k.shape[2], 0)
 
+    def finished(self, rows: slice, block: int) -> tuple[Tensor, Tensor]:
+        """Return a whole local block of some rows.
+
+        Args:
+            rows: the rows.
+            block: number of the local block, the own or the one before.
+        Returns:
+            Keys [R, H, block_size, D] and values [R, H, block_size, Dv].
+        """
+        start = block % 2 * self.block_size
+        k, v = (x[rows, :, start : start + self.block_size] for x in (self.k, self.v))
+        return k, v
+
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order.
 

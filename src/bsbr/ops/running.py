@@ -124,6 +124,16 @@ class RunningSummaries:
             state = (sums / (own * self._per_block).clamp(min=1)[:, None, None, None]).flatten(0, 1)
         return meta, mean_v, state, absent
 
+    def tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return what kernels read: mean keys (and variances), mean values and sums of states, where kept."""
+        return self._tensors.get("meta"), self._tensors.get("mean_v"), self._tensors.get("states")
+
+    def reserve(self, blocks: int) -> None:
+        """Make room for summaries of this many retrieval blocks."""
+        for name in ("meta", "mean_v"):
+            if name in self._tensors:
+                self._tensors[name] = with_room(self._tensors[name], blocks, self._per_block)
+
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order.
 

@@ -88,6 +88,20 @@ class SharedCache:
         for share, cache in zip(self._shares, self._caches, strict=True):
             cache.fill(*(take_share(x, share.heads, k.shape[2]) for x in (k, v)))
 
+    def reserve(self, tokens: int) -> None:
+        """Make room for rows of this many tokens.
+
+        Args:
+            tokens: of each row, those that are there included.
+        """
+        for cache in self._caches:
+            cache.reserve(tokens)
+
+    def replayed(self) -> None:
+        """Note that a CUDA graph of a step of one token was replayed."""
+        for cache in self._caches:
+            cache.replayed()
+
     def crop(self, lengths: Sequence[int]) -> None:
         """Forget the end of each row.
 

@@ -65,8 +65,12 @@ class Store:
             k: [R, H, n, D]; v: [R, H, n, Dv]; n is a multiple of the local block.
         """
         stop = start + k.shape[2]
-        self.k, self.v = (with_room(x, stop, self.block_size) for x in (self.k, self.v))
+        self.reserve(stop)
         self.k[rows, :, start:stop], self.v[rows, :, start:stop] = k, v
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for this many tokens."""
+        self.k, self.v = (with_room(x, tokens, self.block_size) for x in (self.k, self.v))
 
     def fetch(self, head: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
         """Read retrieval blocks.

@@ -52,7 +52,7 @@ def summarize(k: Tensor, v: Tensor, unit: int) -> Summaries:
     num_blocks = k.shape[-2] // unit
     dtype = torch.promote_types(k.dtype, torch.float32)
     k, v = (x[..., : num_blocks * unit, :].unflatten(-2, (num_blocks, unit)) for x in (k, v))
-    step = max(1, _ELEMENTS * num_blocks // max(1, k.numel()))
+    step = num_blocks if k.is_cuda else max(1, _ELEMENTS * num_blocks // max(1, k.numel()))
     parts = [_moments(*part, dtype) for part in zip(k.split(step, -3), v.split(step, -3), strict=True)]
     mean_k, var_k, mean_v, states = zip(*parts, strict=True)
     return Summaries(torch.cat(mean_k, -2), torch.cat(var_k, -2), torch.cat(mean_v, -2), torch.cat(states, -3))

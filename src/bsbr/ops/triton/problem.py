@@ -17,6 +17,9 @@ _WORKSPACE = 1 << 31
 _BLOCK_BYTES = 1 << 16
 """Largest block of keys: it has to fit into shared memory beside its values and a tile of queries."""
 
+_MOST_COLUMNS = 32
+"""New tokens of the query heads of a key head that one program of a decoding step holds."""
+
 _INSTALLED = importlib.util.find_spec("triton") is not None
 """Looked up once: `torch.compile` traces calls, and cannot trace this one."""
 
@@ -138,3 +141,25 @@ def why_not_triton(
         "late queries that read their whole past": 0 < q_start < dense_until(config),
     }
     return next((obstacle for obstacle, applies in obstacles.items() if applies), None)
+
+
+def why_not_decode(q: Tensor, k: Tensor, v: Tensor, config: BSBRConfig) -> str | None:
+    """Say what keeps the kernels from decoding new tokens.
+
+    Args:
+        q: [R, S, HQ, D]; k, v: [R, S, H, D], all within one local block of each row.
+        config: the settings.
+    Returns:
+        The obstacle in a few words, or None.
+
+    Example:
+        >>> x = torch.zeros(1, 40, 2, 64)
+        >>> why_not_decode(x, x, x, BSBRConfig())
+        '40 columns'
+    """
+    columns = q.shape[1] * (q.shape[2] // k.shape[2])
+    if columns > _MOST_COLUMNS:
+        return f"{columns} columns"
+    if config.far == "drop" and not config.top_k:
+        return "nothing but the own block"
+    return why_not_triton(q, k, v, config)

@@ -1,0 +1,111 @@
+"""One step of decoding against a cache with ready summaries, in three launches whose shapes do not depend on the text.
+
+How long each row is, is read on the device, so a CUDA graph of a step can be replayed. A column is one new token of
+one query head; C columns share a key head. All arithmetic is float32, scores and log-sum-exp are powers of two.
+
+1. `_choose` appends the new keys and values and estimates the mass of each past block; the program that is last of its
+   key head finds the `top_k` blocks of each column, and the largest mass that is left.
+2. `_attend` reads the chosen blocks and the own block exactly, the others by their mean values: one part each.
+3. `_merge` joins the parts, adds the state, and moves each row on.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from bsbr.config import BSBRConfig
+from bsbr.ops.triton.decode_kernels import _attend, _choose, _merge
+from bsbr.ops.triton.summaries import padded
+
+_PIECE_BYTES, _PIECES = 1 << 14, 4
+"""Largest piece of keys that is loaded at once, and pieces that one program reads one after the other."""
+
+_TILE, _FAR_PARTS = 32, 16
+"""Summaries read at once, and the most parts the far field is cut into."""
+
+
+class Held(NamedTuple):
+    """The tensors of a layer's cache; rows, key heads and what is said."""
+
+    own_k: Tensor
+    """Keys of the last two local blocks, block n in half n % 2, [B, H, 2 * block_size, D]."""
+    own_v: Tensor
+    """Their values."""
+    past_k: Tensor | None
+    """Keys of past blocks, [B, H, room, D]; None where nothing is retrieved."""
+    past_v: Tensor | None
+    """Their values."""
+    meta: Tensor
+    """Mean keys, for far="moments" with the variances after them, [B, H, room, D or 2 D] float32."""
+    mean_v: Tensor | None
+    """Mean values, [B, H, room, D] float32; None without a far field."""
+    states: Tensor | None
+    """Sums of the states before block n in half n % 2, [B, H, 2, D, D] float32; None without states."""
+
+
+def triton_decode(
+    q: Tensor, k: Tensor, v: Tensor, held: Held, rows: Tensor, lengths: Tensor, counters: Tensor, config: BSBRConfig,
+    calibration: Tensor, scale: float,
+) -> Tensor:  # fmt: skip
+    """Add new tokens to a cache and attend from them; their row is then that much longer.
+
+    Source: docs/method.md; this is `reference_attention` at positions from `dense_until` on.
+
+    Args:
+        q: [R, S, HQ, D]; k, v: [R, S, H, D]; the S tokens of a row are in one of its local blocks.
+        held: the cache, which is written to.
+        rows: which of its rows these are, [R] int64.
+        lengths: tokens of each of its rows, [B] int32, moved on by S for the rows here.
+        counters: zeros, [R * H] int32 or more; they are zeros again afterwards.
+        config: the settings.
+        calibration: [HQ, 5] float32.
+        scale: factor on q.k.
+    Returns:
+        o, [R, S, HQ, D] in the dtype of q.
+    """
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    calibration = calibration.contiguous()
+    (num_rows, steps, num_heads, width), heads = q.shape, k.shape[2]
+    zs, columns, room = num_rows * heads, steps * (num_heads // heads), held.meta.shape[2]
+    past_k, past_v = (held.own_k, held.own_v) if held.past_k is None else (held.past_k, held.past_v)
+    mean_v, states = (held.meta if x is None else x for x in (held.mean_v, held.states))
+    keys = min(64, config.unit, _PIECE_BYTES // (padded(width) * q.element_size()))
+    exact = triton.cdiv(config.top_k * config.unit // keys, _PIECES) + config.block_size // keys
+    far_parts = 0
+    if config.far != "drop":
+        far_parts = min(_FAR_PARTS, triton.cdiv(room, _TILE))
+    column_tile = triton.next_power_of_2(columns)
+    searched = min(max(64, 4096 // column_tile), max(32, triton.next_power_of_2(room)))
+    mass_lines = triton.cdiv(room, searched) * searched // 32  # whole cache lines, and whole tiles, for a column
+    mass = held.meta.new_empty(zs, columns, mass_lines * 32)
+    chosen = rows.new_empty(zs, columns, max(1, config.top_k), dtype=torch.int32)
+    bounds = rows.new_empty(zs, columns, 2, dtype=torch.int64)
+    read = held.meta.new_empty(zs, columns, width)
+    part_o = held.meta.new_empty(zs, columns, exact + far_parts, width)
+    part_lse = held.meta.new_empty(part_o.shape[:3])
+    o = torch.empty_like(q, memory_format=torch.contiguous_format)
+    shared = {
+        "S": steps, "G": num_heads // heads, "D": width, "DP": padded(width), "EVERY": num_rows == len(lengths),
+    }  # fmt: skip
+    blocks = {"B": config.block_size, "UNIT": config.unit, "TOP_K": config.top_k}
+    base = math.log2(math.e)
+    _choose[(zs, columns + triton.cdiv(room, _TILE))](
+        q, k, v, held.own_k, held.own_v, held.meta, states, calibration, rows, lengths, counters, mass, chosen,
+        bounds, read, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], heads, room, mass_lines, scale * base,
+        scale * scale / 2 * base, scale, BN=_TILE, CP=column_tile, BM=searched,
+        MOMENTS=config.far == "moments",
+        STATE=config.state != "none", **blocks, **shared, num_warps=8,
+    )  # fmt: skip
+    _attend[(zs, columns * exact + far_parts)](
+        q, held.own_k, held.own_v, past_k, past_v, mean_v, mass, chosen, bounds, rows, lengths, part_o, part_lse,
+        *q.stride()[:3], heads, past_k.shape[2], room, mass_lines, scale * base, KEYS=keys, PIECES=_PIECES,
+        FAR=far_parts, BN=_TILE, **blocks, **shared, num_warps=4,
+    )  # fmt: skip
+    _merge[(zs * columns,)](
+        part_o, part_lse, read, calibration, rows, lengths, o, heads, EXACT=exact, FAR=far_parts,
+        PARTS=triton.next_power_of_2(exact + far_parts), STATE=config.state != "none", **shared, num_warps=4,
+    )  # fmt: skip
+    return o
