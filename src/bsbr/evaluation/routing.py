@@ -176,7 +176,7 @@ def _attend_routed(
         raise NotImplementedError("a routed model takes whole sequences: no padding, use_cache=False")
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     scale = kwargs["scaling"]
-    call = Call(q, k, v, None, scale, 0, None, 0.0, _choose_by_share(choice, q, k, settings, scale))
+    call = Call(q, k, v, None, scale, 0, None, 0.0, block_indices=_choose_by_share(choice, q, k, settings, scale))
     return attend(call, mixer, settings, getattr(module, NAME, None)).to(query.dtype).contiguous(), None
 
 

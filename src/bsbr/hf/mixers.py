@@ -46,10 +46,10 @@ class Call(NamedTuple):
     """Real keys of each row, [B]; None means all."""
     dropout_p: float
     """Probability of dropping an attention weight."""
-    block_indices: Tensor | None = None
-    """Blocks to read instead of the mixer's own choice, [B, Tq, HQ, top_k], as `bsbr_attention` takes them."""
     sinks: Tensor | None = None
     """A logit of each query head for nothing, [HQ], of families that have sinks; only for a mixer that knows them."""
+    block_indices: Tensor | None = None
+    """Blocks to read instead of the mixer's own choice, [B, Tq, HQ, top_k], as `bsbr_attention` takes them."""
 
 
 class Mixer(NamedTuple):
