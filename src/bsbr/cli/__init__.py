@@ -1,6 +1,7 @@
 """The command line: one file a sub-command, each a parser and a function; nothing heavy is imported to show help."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not hasattr(args, "run"):
         _parser().print_help()
         return 0
+    for chatty in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which warns of its own wheel
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
         args.run(args)
     except KeyboardInterrupt:
