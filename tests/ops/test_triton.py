@@ -218,7 +218,7 @@ def interpreter_obstacle() -> str | None:
 @pytest.mark.skipif(interpreter_obstacle() is not None, reason=str(interpreter_obstacle()))
 def test_kernels_under_the_interpreter():
     """The switch has to be set before triton is imported, so these tests run in a process of their own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", __file__]
     result = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )

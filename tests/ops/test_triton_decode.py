@@ -147,7 +147,7 @@ def test_a_cuda_graph_of_a_step_goes_on_through_the_text():
 
 @pytest.mark.skipif(interpreter_obstacle() is not None, reason=str(interpreter_obstacle()))
 def test_kernels_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", __file__]
     result = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )
