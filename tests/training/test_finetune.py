@@ -167,3 +167,46 @@ def test_two_processes_train_as_one(tmp_path):
     for name, value in found[0].items():
         # AdamW divides by the size of the gradient: where that is rounding noise, so is the step
         torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+SHARDED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from test_finetune import SPARSE, convert, distillation_loss, original
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+dense = original("llama")
+model = convert(dense, SPARSE).train()
+for layer in model.model.layers:
+    fully_shard(layer)
+fully_shard(model)
+ids = torch.randint(300, (2, 64), generator=torch.Generator().manual_seed(0))
+own = ids.chunk(dist.get_world_size())[dist.get_rank()]
+with torch.no_grad():
+    taught = dense(own).logits
+distillation_loss(model(own).logits, taught).backward()
+gradients = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+if dist.get_rank() == 0:
+    torch.save(gradients, sys.argv[2])
+dist.destroy_process_group()
+"""
+
+
+def test_weights_sharded_over_two_processes_give_the_gradients_of_one(tmp_path):
+    """FSDP2, as `accelerate launch` sets it up on GPUs; it does not on CPUs, so the model is sharded by hand."""
+    script = tmp_path / "train.py"
+    script.write_text(SHARDED)
+    found = []
+    for processes in (1, 2):
+        output = tmp_path / f"{processes}.pt"
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        arguments = [script, Path(__file__).parent, output]
+        done = subprocess.run([*launch, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(torch.load(output))
+    assert any(name.endswith(".calibration") and gradient.any() for name, gradient in found[0].items())
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-7, msg=name)
