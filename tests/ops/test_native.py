@@ -176,3 +176,19 @@ def test_a_block_that_does_not_exist_is_refused():
     indices = torch.full((1, 130, q.shape[2], CONFIG.top_k), 99)
     with pytest.raises(ValueError, match="block_indices of sparse queries"):
         bsbr_attention(q, k, v, CONFIG, block_indices=indices, backend="native")
+
+
+@needs_native
+@pytest.mark.parametrize("dense_below", [0, 200])
+@pytest.mark.parametrize("unit", [32, 8])
+def test_heads_that_read_different_numbers_of_blocks_are_one_call_with_the_bits_of_many(unit, dense_below):
+    """Where nothing is kept for a backward pass the C code counts head by head; else each number is its own call."""
+    config = BSBRConfig(
+        dense_below=dense_below, block_size=32, retrieval_block_size=unit, top_k=3, top_k_per_head=(4, 0, 11, 1)
+    )
+    q, k, v = draw(6, 2, 500, 4, 16, group=2)
+    together = bsbr_attention(q, k, v, config, backend="native")
+    apart = bsbr_attention(q.clone().requires_grad_(), k, v, config, backend="native")
+    assert torch.equal(together, apart)
+    late = bsbr_attention(q[:, 330:], k, v, config, q_start=330, backend="native")
+    assert torch.equal(late, together[:, 330:])

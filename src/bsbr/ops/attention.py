@@ -120,7 +120,11 @@ def bsbr_attention(
         torch.Size([1, 300, 4, 16])
     """
     _check(q, k, v, config, q_start, lengths, calibration, block_indices, sinks)
-    if config.top_k_per_head is not None and backend != "reference":
+    name, _ = resolve_backend(backend, q, k, v, config, q_start=q_start, dropout_p=dropout_p, sinks=sinks)
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, calibration, sinks))
+    # native code counts head by head where nothing has to be kept, so that its threads can share all heads
+    counts = name == "native" and block_indices is None and not learns
+    if config.top_k_per_head is not None and name != "reference" and not counts:
         parts = [
             bsbr_attention(
                 take_share(q, share.heads, k.shape[2]), take_share(k, share.heads, k.shape[2]),
@@ -134,7 +138,6 @@ def bsbr_attention(
         heads = [share.heads for share in shares_of(config)]
         o, lse = (join_shares(each, heads) for each in zip(*parts, strict=True))
         return (o, lse) if return_lse else o
-    name, _ = resolve_backend(backend, q, k, v, config, q_start=q_start, dropout_p=dropout_p, sinks=sinks)
     wide = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if name == "reference":

@@ -22,7 +22,8 @@ static const float LOG2_E = 1.44269504088896340736f;
 typedef struct {
   const float *q, *k, *v, *calibration;
   float *o, *lse;
-  int64_t *chosen; /* [batch, heads, top_k, sparse queries] */
+  int64_t *chosen;       /* [batch, heads, top_k, sparse queries] */
+  const int64_t *top_ks; /* of each key head, none above top_k; or 0. Then what is chosen is not kept for anybody */
   char *scratch;
   int64_t q_row, k_row, v_row, o_row, lse_row;
   int64_t q_head, k_head, v_head, o_head, lse_head;
@@ -398,6 +399,10 @@ static void work_on_heads(void *queue_) {
     h.calibration += head * 5;
     h.chosen += i * h.top_k * num_sparse(&h);
     h.scratch = scratch;
+    if (h.top_ks) {
+      h.top_k = h.top_ks[key_head];
+      h.sparse_start = least(h.stop, most(h.sparse_start, (h.top_k * h.unit / h.block_size + 1) * h.block_size));
+    }
     attend_head(&h);
   }
 }

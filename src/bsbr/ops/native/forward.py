@@ -11,7 +11,7 @@ from bsbr.config import BSBRConfig
 from bsbr.ops.native.build import load_library
 from bsbr.ops.schedule import Plan
 
-_POINTERS = ("q", "k", "v", "calibration", "o", "lse", "chosen", "scratch")
+_POINTERS = ("q", "k", "v", "calibration", "o", "lse", "chosen", "top_ks", "scratch")
 _STRIDES = tuple(f"{name}_{axis}" for axis in ("row", "head", "batch") for name in ("q", "k", "v", "o", "lse"))
 _INTEGERS = (
     "batch", "heads", "key_heads", "q_start", "stop", "sparse_start", "width", "value_width", "block_size", "unit",
@@ -65,10 +65,10 @@ def native_forward(
         q: queries, [B, Tq, HQ, D] float32.
         k: keys, [B, T, H, D]; v: values, [B, T, H, Dv].
         calibration: [HQ, 5] float32.
-        block_indices: blocks to read, [B, Tq, HQ, top_k], or None to choose them.
+        block_indices: blocks to read, [B, Tq, HQ, top_k], or None to choose them; None with `top_k_per_head`.
     Returns:
         o [B, Tq, HQ, Dv], lse [B, Tq, HQ], both float32, and the blocks that sparse queries read,
-        [B, HQ, top_k, S] int64.
+        [B, HQ, top_k, S] int64; with `top_k_per_head` nothing can be read off these.
     Raises:
         RuntimeError: there is no native code here.
         ValueError: a block given does not exist.
@@ -78,7 +78,7 @@ def native_forward(
         raise RuntimeError(f"no native code: {library}")
     config, (batch, _, heads, width) = plan.config, q.shape
     if block_indices is None:
-        chosen = torch.empty(batch, heads, config.top_k, plan.stop - plan.sparse_start, dtype=torch.int64)
+        chosen = torch.empty(batch, heads, config.max_top_k, plan.stop - plan.sparse_start, dtype=torch.int64)
     else:
         chosen = block_indices[:, plan.num_dense :].permute(0, 2, 3, 1).to(torch.int64).contiguous()
         past = plan.num_past // config.unit
@@ -90,7 +90,7 @@ def native_forward(
     call = _Call(
         batch=batch, heads=heads, key_heads=k.shape[2], q_start=plan.q_start, stop=plan.stop,
         sparse_start=plan.sparse_start, width=width, value_width=v.shape[3], block_size=config.block_size,
-        unit=config.unit, top_k=config.top_k, given=block_indices is not None, moments=config.far == "moments",
+        unit=config.unit, top_k=config.max_top_k, given=block_indices is not None, moments=config.far == "moments",
         far=config.far != "drop", state=config.state == "global", scale=plan.scale,
     )  # fmt: skip
     for name, x in zip(("q", "k", "v", "o", "lse"), (q, k, v, o, lse), strict=True):
@@ -98,8 +98,9 @@ def native_forward(
             setattr(call, f"{name}_{axis}", stride)
     threads = min(torch.get_num_threads(), batch * heads)
     scratch = torch.empty(threads * library.bsbr_scratch(ctypes.byref(call)), dtype=torch.uint8)
-    for name, x in zip(_POINTERS, (q, k, v, calibration, o, lse, chosen, scratch), strict=True):
-        setattr(call, name, x.data_ptr())
+    top_ks = None if config.top_k_per_head is None else torch.tensor(config.top_k_per_head, dtype=torch.int64)
+    for name, x in zip(_POINTERS, (q, k, v, calibration, o, lse, chosen, top_ks, scratch), strict=True):
+        setattr(call, name, None if x is None else x.data_ptr())
     library.bsbr_forward(ctypes.byref(call), ctypes.c_int64(threads), _torch_threads())  # without Python's lock
     return o, lse, chosen
 
