@@ -99,8 +99,9 @@ def native_forward(
     threads = min(torch.get_num_threads(), batch * heads)
     scratch = torch.empty(threads * library.bsbr_scratch(ctypes.byref(call)), dtype=torch.uint8)
     top_ks = None if config.top_k_per_head is None else torch.tensor(config.top_k_per_head, dtype=torch.int64)
-    for name, x in zip(_POINTERS, (q, k, v, calibration, o, lse, chosen, top_ks, scratch), strict=True):
-        setattr(call, name, None if x is None else x.data_ptr())
+    handed = (q, k, v, calibration, o, lse, chosen, top_ks, scratch)
+    for name, tensor in zip(_POINTERS, handed, strict=True):
+        setattr(call, name, None if tensor is None else tensor.data_ptr())
     library.bsbr_forward(ctypes.byref(call), ctypes.c_int64(threads), _torch_threads())  # without Python's lock
     return o, lse, chosen
 
