@@ -99,7 +99,9 @@ def run(options: argparse.Namespace) -> None:
 def load_corpus(folder: Path, device: torch.device) -> Corpus:
     """Read what `prepare` wrote."""
     tokenizer = load_tokenizer(folder)
-    streams = {x: torch.from_numpy(np.load(folder / f"{x}.npy").astype(np.int32)).to(device) for x in ("train", "held_out")}
+    streams = {
+        x: torch.from_numpy(np.load(folder / f"{x}.npy").astype(np.int32)).to(device) for x in ("train", "held_out")
+    }
     lengths = torch.from_numpy(token_byte_lengths(tokenizer)).to(device)
     record = json.loads((folder / "text.json").read_text())
     return Corpus(tokenizer=tokenizer, byte_lengths=lengths, record=record, **streams)
@@ -108,7 +110,7 @@ def load_corpus(folder: Path, device: torch.device) -> Corpus:
 def train(name: str, seed: int, corpus: Corpus, options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     """Train one model and measure it."""
     recipe = PretrainConfig(
-        architecture=options.shape, attention=parse_attention(ATTENTIONS[name]), tokens=options.tokens, seed=seed,
+        architecture=options.shape, attention=parse_attention(ATTENTIONS[name], seed), tokens=options.tokens, seed=seed,
         compile=options.compile, **RECIPE | json.loads(options.recipe),
     )  # fmt: skip
     model = build_model(recipe, len(corpus.tokenizer)).to(corpus.train.device)

@@ -106,7 +106,7 @@ def train(task: str, name: str, seed: int, options: argparse.Namespace) -> dict[
     values["curriculum"] = tuple((length, share) for length, share in values.get("curriculum", ()))
     trained = TaskConfig.from_dict({**plan["task"], "length": values["context"]})
     recipe = PretrainConfig(
-        architecture=options.shape, attention=parse_attention(options.settings or ATTENTIONS[name]), seed=seed,
+        architecture=options.shape, attention=parse_attention(options.settings or ATTENTIONS[name], seed), seed=seed,
         task=trained.to_dict(), compile=False, **values,
     )  # fmt: skip
     model = build_model(recipe, trained.vocab).to(device)
@@ -176,7 +176,11 @@ def gather(options: argparse.Namespace) -> None:
 
 
 def _spread(values: list[float]) -> dict[str, float | int]:
-    return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else 0.0, "n": len(values)}
+    return {
+        "mean": statistics.fmean(values),
+        "sd": statistics.stdev(values) if len(values) > 1 else 0.0,
+        "n": len(values),
+    }
 
 
 def table(summary: dict[str, Any]) -> str:

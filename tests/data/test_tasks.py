@@ -108,7 +108,7 @@ def test_2000_combinations_give_examples_or_one_line_at_once():
             continue
         tokens, answer, distance = generate(config, 2, seed=i)
         assert tokens.shape == (2, config.length + 1)
-        assert 0 <= tokens.min()
+        assert tokens.min() >= 0
         assert tokens.max() < config.vocab
         assert (answer.max(1) >= 1).all()
         if config.distance is not None:

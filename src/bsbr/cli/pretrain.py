@@ -38,8 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in FIELDS:
         flag, default = "--" + name.replace("_", "-"), defaults[name]
         parser.add_argument(flag, type=_TYPES.get(name, type(default)), default=default, help="see `PretrainConfig`")
+    parser.add_argument("--match-parameters", action="store_true", help="as many parameters as with full attention")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="None means on CUDA only")
-    parser.add_argument("--sample", metavar="PROMPT", nargs="*", default=[], help="continue these at each held-out loss")
+    parser.add_argument(
+        "--sample", metavar="PROMPT", nargs="*", default=[], help="continue these at each held-out loss"
+    )
     parser.add_argument("--log-to", nargs="*", default=[], choices=["tensorboard"], help="where else the curves go")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
@@ -55,7 +58,8 @@ def run(args: argparse.Namespace) -> None:
 
     given: dict[str, Any] = {name: getattr(args, name) for name in FIELDS}
     config = PretrainConfig(
-        tokens=args.tokens, minutes=args.minutes, attention=parse_attention(args.attention), compile=args.compile,
+        tokens=args.tokens, minutes=args.minutes, attention=parse_attention(args.attention, args.seed), compile=args.compile,
+        match_parameters=args.match_parameters,
         curriculum=tuple(_stage(text) for text in args.curriculum),
         task=None if args.task is None else _task(args.task, args.context), **given,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from bsbr.evaluation.statistics import Estimate, wilson
 from bsbr.hf.convert import convert
 from bsbr.hf.mixers import read_settings
 
+
 @dataclass(frozen=True, kw_only=True)
 class TaskScore:
     """What a model knows of a task."""

@@ -88,7 +88,10 @@ def _figures(record: Mapping[str, Any]) -> list[tuple[str, str]]:
             rows.append((f"at distance {part['least']} to {part['most']}", f"{part['value']:.2%} ({between})"))
     rows += [
         ("tokens", f"{record['tokens_seen']:,} in {record['steps']:,} steps"),
-        ("training time", f"{seconds:,.1f} s" + (f", {record['tokens_seen'] / seconds:,.0f} tokens/s" if seconds else "")),
+        (
+            "training time",
+            f"{seconds:,.1f} s" + (f", {record['tokens_seen'] / seconds:,.0f} tokens/s" if seconds else ""),
+        ),
         ("device", f"{record['device']}, {record.get('processes', 1)} process(es), {record['precision']}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in sorted(record["versions"].items()))),
     ]

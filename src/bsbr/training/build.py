@@ -4,34 +4,29 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from bsbr.config import BSBRConfig
 from bsbr.errors import UserError
-from bsbr.hf.convert import convert, revert
-from bsbr.hf.families import NAME, bypass_message, dispatches, stock_classes
+from bsbr.hf.convert import revert
+from bsbr.hf.families import bypass_message, dispatches, stock_classes
 from bsbr.hf.mixers import MIXERS, MixerConfig, write_settings
-from bsbr.hf.modeling import attention_modules
 from bsbr.hf.positions import max_positions
+from bsbr.hf.scratch import build_model as build_peer
+from bsbr.hf.scratch import match_parameters
+from bsbr.peers import FullConfig, make
 from bsbr.training.recipe import PretrainConfig
-
-FULL = "full"
-"""Name of the attention that the architecture has by itself."""
-
-_EXACT = BSBRConfig(top_k=0, far="drop", dense_below=1 << 62)
-"""Full attention under our attention function, whose masks cost it no kernel and which knows packed documents."""
 
 _DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop", "dropout", "attention_dropout", "hidden_dropout",
              "activation_dropout", "layerdrop", "resid_dropout", "embedding_dropout")  # fmt: skip
 
 
-def parse_attention(text: str) -> dict[str, Any] | None:
+def parse_attention(text: str, seed: int = 0) -> dict[str, Any] | None:
     """Read `NAME` or `NAME:key=value,...`, as `bsbr:block_size=64,top_k=8`.
 
     Args:
-        text: what the user wrote; the name is `full` or a row of `bsbr.hf.mixers.MIXERS`.
+        text: what the user wrote; the name is a row of `bsbr.peers.PEERS`.
+        seed: of what the attention draws at random, unless the settings name one.
     Returns:
         The settings, as a model's config keeps them, or None for `full`.
     Raises:
@@ -48,16 +43,8 @@ def parse_attention(text: str) -> dict[str, Any] | None:
         if not equals:
             raise UserError(f"attention {text!r}: {part!r} is no key=value. Write as bsbr:block_size=64,top_k=8")
         values[key.strip().replace("-", "_")] = _value(value.strip())
-    if name == FULL:
-        if values:
-            raise UserError(f"attention {text!r}: full attention has no settings. Write full")
-        return None
-    if name not in MIXERS:
-        raise UserError(f"attention {name!r}: not known. Choose one of {', '.join((FULL, *MIXERS))}")
-    try:
-        return write_settings(MIXERS[name].config.from_dict(values))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"attention {text!r}: {error}") from error
+    settings = make(name, values, seed=seed)
+    return None if isinstance(settings, FullConfig) else write_settings(settings)
 
 
 def build_model(config: PretrainConfig, vocab: int) -> PreTrainedModel:
@@ -66,7 +53,7 @@ def build_model(config: PretrainConfig, vocab: int) -> PreTrainedModel:
     1. The architecture's own configuration: by name, with the recipe's sizes, tied embeddings, no dropout and
        rotary or learned positions as the family has them; or from a JSON file, as it is but for `vocab_size`.
     2. Weights as transformers initialises them, in float32.
-    3. The recipe's attention, put in by `bsbr.convert`.
+    3. The recipe's attention in every layer; with `match_parameters`, MLPs are narrowed by what it has more.
 
     Args:
         config: the recipe.
@@ -78,22 +65,18 @@ def build_model(config: PretrainConfig, vocab: int) -> PreTrainedModel:
             positions or tokens than the recipe needs.
     """
     family = _family_config(config, vocab)
-    family._attn_implementation = "sdpa"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = AutoModelForCausalLM.from_config(family, dtype=torch.float32)
+    attention = attention_of(config)
+    if config.match_parameters:
+        family = match_parameters(family, attention)
+    model = build_peer(family, attention, seed=config.seed)
     available = max_positions(model)
     if available is not None and available < config.context:
         raise UserError(f"context = {config.context}: the architecture has {available} learned positions. Take fewer")
-    model = convert(model, attention_of(config)).train()
-    if config.attention is None:  # scalars of a far field that is not there
-        for module in attention_modules(model):
-            module.get_submodule(NAME).requires_grad_(False)
     return model
 
 
 def attention_of(config: PretrainConfig) -> MixerConfig:
-    """Return the settings of the recipe's attention; for full attention those that read everything exactly.
+    """Return the settings of the recipe's attention.
 
     Args:
         config: the recipe.
@@ -101,7 +84,7 @@ def attention_of(config: PretrainConfig) -> MixerConfig:
         The settings.
     """
     if config.attention is None:
-        return _EXACT
+        return FullConfig()
     values = dict(config.attention)
     name = values.pop("mixer")
     return MIXERS[name].config.from_dict(values)

@@ -25,9 +25,7 @@ class SplitOptimizer:
         muon: False leaves the matrices to AdamW too, at its rate.
     """
 
-    def __init__(
-        self, model: nn.Module, *, lr: float, muon_lr: float, weight_decay: float, muon: bool = True
-    ) -> None:
+    def __init__(self, model: nn.Module, *, lr: float, muon_lr: float, weight_decay: float, muon: bool = True) -> None:
         self._names: dict[torch.Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
         looked_up = _embeddings(model)
         vectors = [p for p, name in self._names.items() if p.ndim != 2 or name.endswith(".calibration")]

@@ -16,6 +16,8 @@ class PretrainConfig:
     configuration in JSON, or of a folder with one, which has its own."""
     attention: dict[str, Any] | None = None
     """Settings of the attention, as `bsbr.hf.mixers.write_settings` gives them; None means full attention."""
+    match_parameters: bool = False
+    """Narrow the MLPs by what the attention has more parameters than full attention, so that models compare."""
     task: dict[str, Any] | None = None
     """A synthetic task to train on instead of a text, as `bsbr.data.tasks.TaskConfig.to_dict` gives it."""
     layers: int = 7
@@ -100,7 +102,7 @@ class PretrainConfig:
             return
         _require("curriculum", stages, self.tokens is not None, "given with tokens, not with minutes")
         lengths = [length for length, _ in stages]
-        rises = lengths == sorted(set(lengths)) and 1 <= lengths[0] and lengths[-1] < self.context
+        rises = lengths == sorted(set(lengths)) and lengths[0] >= 1 and lengths[-1] < self.context
         _require("curriculum", stages, rises, f"lengths that rise and stay below context = {self.context}")
         shares = [share for _, share in stages]
         _require("curriculum", stages, min(shares) > 0 and sum(shares) < 1, "shares above 0 that leave some to context")
