@@ -7,6 +7,7 @@ A model whose name is `full` is also measured converted to BSBR, uncalibrated.
 """
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,7 @@ def measure(model: Any, stream: torch.Tensor, length: int, most: int) -> dict[st
     edges = [0, 1024]
     while edges[-1] < length:
         edges.append(min(length, 2 * edges[-1]))
-    by_position = [
-        {"first": a, "last": b - 1, "nll": losses[a:b].mean().item()} for a, b in zip(edges, edges[1:], strict=False)
-    ]
+    by_position = [{"first": a, "last": b - 1, "nll": losses[a:b].mean().item()} for a, b in itertools.pairwise(edges)]
     return {"nll": losses.mean().item(), "windows": count, "by_position": by_position}
 
 

@@ -2,9 +2,9 @@
 
 python -m benchmarks.kill_resume --kills 20 --output benchmarks/results/kill_resume.json
 
-Each time a fresh run of the command is started in a process of its own, killed (SIGKILL) after a random part of the time
-that a whole run takes, and resumed to its end; then every weight is compared, bit for bit. The processes are forked with
-everything imported, so that the moments fall into reading, tokenizing, training, checkpoints and saving.
+Each time a fresh run of the command is started in a process of its own, killed (SIGKILL) after a random part of the
+time that a whole run takes, and resumed to its end; then every weight is compared, bit for bit. The processes are forked
+with everything imported, so that the moments fall into reading, tokenizing, training, checkpoints and saving.
 """
 
 import argparse

@@ -84,7 +84,8 @@ def test_packed_documents_are_as_good_as_alone(architecture, attention) -> None:
 
     settings = attention and parse_attention("bsbr:block_size=4,top_k=1,dense_below=0")
     recipe = PretrainConfig(
-        architecture=architecture, attention=settings, layers=2, heads=2, hidden=16, context=24, batch_tokens=24, tokens=8
+        architecture=architecture, attention=settings, layers=2, heads=2, hidden=16, context=24, batch_tokens=24,
+        tokens=8,
     )  # fmt: skip
     model = build_model(recipe, 20)
     windows = torch.randint(1, 20, (1, 25), generator=torch.Generator().manual_seed(0))

@@ -58,8 +58,8 @@ def run(args: argparse.Namespace) -> None:
 
     given: dict[str, Any] = {name: getattr(args, name) for name in FIELDS}
     config = PretrainConfig(
-        tokens=args.tokens, minutes=args.minutes, attention=parse_attention(args.attention, args.seed), compile=args.compile,
-        match_parameters=args.match_parameters,
+        tokens=args.tokens, minutes=args.minutes, attention=parse_attention(args.attention, args.seed),
+        match_parameters=args.match_parameters, compile=args.compile,
         curriculum=tuple(_stage(text) for text in args.curriculum),
         task=None if args.task is None else _task(args.task, args.context), **given,
     )  # fmt: skip

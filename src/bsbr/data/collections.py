@@ -17,7 +17,7 @@ def read_collection(name: str | Path) -> str:
     - A file: as `read_text`.
     - A folder: every .txt, .md, .txt.xz and .txt.gz in it and below, in order of their paths; each is at least one
       document.
-    - `datasets:NAME[,CONFIG[,SPLIT]]`: the column `text` of a data set, each row a document; SPLIT is train unless said.
+    - `datasets:NAME[,CONFIG[,SPLIT]]`: the column `text` of a data set, each row a document; SPLIT is train by default.
 
     Args:
         name: path or name.

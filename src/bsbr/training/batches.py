@@ -54,7 +54,7 @@ class Stages:
     def __init__(self, config: PretrainConfig, total_steps: int) -> None:
         self.lengths = [length for length, _ in config.curriculum] + [config.context]
         ends = np.cumsum([share for _, share in config.curriculum]) * total_steps
-        self.first = [0, *(int(round(end)) for end in ends)]
+        self.first = [0, *(round(end) for end in ends)]
 
     def at(self, step: int) -> tuple[int, int, int]:
         """Return the stage of a step, its window length, and the steps of the stage that came before."""
