@@ -18,7 +18,7 @@ from bsbr.errors import UserError
 from bsbr.files import write_json
 from bsbr.training.batches import Batches, TaskBatches, TextBatches
 from bsbr.training.board import Board
-from bsbr.training.build import build_model, finished
+from bsbr.training.build import build_model
 from bsbr.training.corpus import Corpus, prepare_corpus, save_tokenizer
 from bsbr.training.language_model import HeldOut, save_model
 from bsbr.training.processes import Processes, fill, join_processes, local_device, spread
@@ -132,7 +132,6 @@ def _finish(
     figures = trainer.batches.measure(model, whole=True)
     found = figures.pop("found")
     trainer.progress.held_out(trainer.step, figures)
-    model = finished(model, config)
     record = _record(config, trainer, model, found, place, time.monotonic() - started)
     save_model(model.bfloat16(), output)
     write_json(output / RECORD, record)
