@@ -1,4 +1,4 @@
-"""Recall learned from random weights: MQAR, passkey, multi-key needle; the impossible task; controls.
+"""Recall learned from random weights: MQAR, passkey, multi-key needle, and controls.
 
 python -m benchmarks.recall run rows --attention full bsbr --task mqar passkey needle_multikey --seeds 0 1 2
 python -m benchmarks.recall gather rows benchmarks/results/recall.json
@@ -9,7 +9,6 @@ examples. A run that is there already is not made again.
 
 import argparse
 import json
-import math
 import statistics
 import sys
 import tempfile
@@ -54,7 +53,7 @@ _SHORT_FIRST = [[64, 0.3], [256, 0.2], [1024, 0.2]]
 
 RUNS: dict[str, dict[str, Any]] = {
     "mqar": {
-        "task": {"task": "mqar", "pairs": 32, "vocab": 1024},
+        "task": {"task": "mqar", "pairs": 256, "vocab": 1024},
         "recipe": {"context": 4096, "curriculum": [[128, 0.35], [512, 0.2], [1024, 0.15]], "tokens": 800 << 15},
         "tests": [{"length": n, "pairs": min(256, n // 8)} for n in (512, 1024, 2048, 4096, 8192)],
     },
@@ -68,26 +67,10 @@ RUNS: dict[str, dict[str, Any]] = {
         "recipe": {"context": 4096, "curriculum": _SHORT_FIRST, "tokens": 800 << 15},
         "tests": [{"length": n} for n in (1024, 4096, 8192, 16384, 32768)],
     },
-    "impossible": {
-        "task": {"task": "impossible", "vocab": 64},
-        "shape": "noise.json",
-        "recipe": {"context": 128, "batch_tokens": 512, "tokens": 2000 << 9, "precision": "float32"},
-        "tests": [{"length": 128}],
-        # blocks so small that each attention leaves most of the text out
-        "attentions": {
-            "bsbr": "bsbr:block_size=16,top_k=2",
-            "bsbr_drop": "bsbr:block_size=16,top_k=2,far=drop",
-            "window": "window:window=24",
-            "moba": "moba:block_size=16,top_k=2",
-            "local": "local:block_size=16",
-            "additive": "additive:block_size=16",
-            "nsa": "nsa:block_size=16,top_k=2,window=24",
-        },
-    },
 }
 """What each task is trained on and at, and what it is tested at."""
 
-_CONFIGS = Path(__file__).parent / "configs"
+_SHAPE = Path(__file__).parent / "configs" / "recall.json"
 
 
 def main() -> None:
@@ -117,8 +100,8 @@ def train(task: str, name: str, seed: int, options: argparse.Namespace) -> dict[
     values = _RECIPE | plan["recipe"] | given
     values["curriculum"] = tuple((length, share) for length, share in values.get("curriculum", ()))
     trained = TaskConfig.from_dict({**plan["task"], "length": values["context"]})
-    shape = Path(options.shape or _CONFIGS / plan.get("shape", "recall.json"))
-    settings = options.settings or plan.get("attentions", {}).get(name, ATTENTIONS[name])
+    shape = Path(options.shape)
+    settings = options.settings or ATTENTIONS[name]
     recipe = PretrainConfig(
         architecture=str(shape), attention=parse_attention(settings, seed), seed=seed,
         task=trained.to_dict(), compile=False, **values,
@@ -173,7 +156,7 @@ def gather(options: argparse.Namespace) -> None:
     for row in rows:
         for score in row["scores"]:
             who = row["attention"] if score["model"] == "trained" else f"{row['attention']}, {score['model']}"
-            value = score["nll"] if row["task"] == "impossible" else score["accuracy"]["value"]
+            value = score["accuracy"]["value"]
             found.setdefault(row["task"], {}).setdefault(f"{who} @ {score['length']}", []).append(value)
     summary = {task: {key: _spread(values) for key, values in sorted(own.items())} for task, own in found.items()}
     first = rows[0]
@@ -182,7 +165,6 @@ def gather(options: argparse.Namespace) -> None:
         "protocol": {
             "accuracy": "share of answers all of whose tokens the model prefers, on fresh examples; mean and standard "
             "deviation over seeds; rows have Wilson's 95 % intervals and accuracy by octave of distance",
-            "impossible": f"nats per token on fresh noise; ln V is {math.log(64):.4f}",
             "controls": "the same weights without what retrieves: own block alone, random blocks, summaries alone",
         },
         "code": first["code"], "machine": first["machine"], "command": first["command"],
@@ -224,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=["full", "bsbr"])
     part.add_argument("--settings", help="settings of the attention in place of those of its name")
     part.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    part.add_argument("--shape", help="configuration of the model, JSON; None: the task's own")
+    part.add_argument("--shape", default=str(_SHAPE), help="configuration of the model, JSON")
     part.add_argument("--recipe", default="{}", help="fields of PretrainConfig that differ, JSON")
     part.add_argument("--test-tokens", type=int, default=1 << 21, help="tokens that a test reads, at most")
     part.add_argument("--least-examples", type=int, default=32, help="examples of a test, at least; at most 512")

@@ -15,7 +15,10 @@ RECORD = {
     "training_s": 2.0,
     "text": {"train": {"name": "<b>evil</b>"}},
     "held_out": {"nll": 1.25, "bits_per_byte": 0.5},
-    "history": [{"tokens": 320, "train_loss": 2.0, "held_out_nll": 1.9}, {"tokens": 640, "train_loss": 1.5, "held_out_nll": 1.25}],
+    "history": [
+        {"tokens": 320, "train_loss": 2.0, "held_out_nll": 1.9},
+        {"tokens": 640, "train_loss": 1.5, "held_out_nll": 1.25},
+    ],
     "versions": {"bsbr": "0"},
     "device": "cpu",
     "precision": "float32",

@@ -1,4 +1,4 @@
-"""What a run can be made of: architectures, attentions, tasks, passes, stages, processes; and that kills do not matter."""
+"""What a run can be made of: architectures, attentions, tasks, passes, stages, processes. Kills do not matter."""
 
 import io
 import json
@@ -167,6 +167,8 @@ def test_a_curriculum_reads_short_windows_first() -> None:
     assert [batches.at(step).windows.shape for step in (0, 3, 6)] == [(16, 5), (8, 9), (4, 17)]
     assert torch.equal(batches.at(3).windows, batches.at(3).windows)
     assert not torch.equal(batches.at(3).windows, batches.at(4).windows)
+    crowded = TaskBatches(TaskConfig(task="mqar", length=16, vocab=32, pairs=4), recipe, 12, torch.device("cpu"))
+    assert [int(crowded.at(step).scored.sum(1)[0]) for step in (0, 3, 6)] == [1, 2, 4]  # type: ignore[union-attr]
     for wrong, said in (
         (((16, 0.5),), "stay below context"),
         (((4, 0.5), (8, 0.5)), "leave some to context"),

@@ -107,7 +107,8 @@ class TaskBatches:
     """Examples of a synthetic task, each seen once.
 
     Args:
-        task: the task at the recipe's context; shorter stages of a curriculum keep its other settings.
+        task: the task at the recipe's context; shorter stages of a curriculum keep its other settings, but for pairs
+            that find no room: their number is halved until they do.
         config: the recipe.
         total_steps: of the run.
         device: where the batches go.
@@ -118,7 +119,7 @@ class TaskBatches:
     def __init__(self, task: TaskConfig, config: PretrainConfig, total_steps: int, device: torch.device) -> None:
         self.record = {"task": task.to_dict()}
         self._config, self._device, self._stages = config, device, Stages(config, total_steps)
-        self._tasks = [TaskConfig.from_dict(task.to_dict() | {"length": x}) for x in self._stages.lengths]
+        self._tasks = [_shortened(task, length) for length in self._stages.lengths]
 
     def at(self, step: int) -> Batch:
         """Return the batch of a step."""
@@ -138,3 +139,14 @@ class TaskBatches:
         )  # fmt: skip
         figures = {"held_out_nll": found.nll, "accuracy": found.accuracy.value}
         return figures | ({"found": found} if whole else {})
+
+
+def _shortened(task: TaskConfig, length: int) -> TaskConfig:
+    values = task.to_dict() | {"length": length}
+    while True:
+        try:
+            return TaskConfig.from_dict(values)
+        except ValueError:
+            if (values["pairs"] or 1) == 1:
+                raise
+            values["pairs"] //= 2

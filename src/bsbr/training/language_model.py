@@ -20,8 +20,8 @@ from bsbr.hf.families import NAME, PREFIX
 from bsbr.hf.modeling import layer_type
 
 _UNMASKED = {NAME: f"{NAME}_unmasked", "sdpa": "sdpa_unmasked"}
-"""Our attention and PyTorch's, and their names without a mask function. Asking for a mask makes transformers look at the positions of every
-batch, which waits for the device, and makes a mask that costs the fast kernels where the model is compiled."""
+"""Our attention and PyTorch's, and their names without a mask function. Asking for a mask makes transformers look at
+the positions of every batch, which waits for the device, and makes one that costs the fast kernels when compiled."""
 
 _PARTS = 8
 """Parts of a window whose losses are kept apart."""
