@@ -67,10 +67,25 @@ RUNS: dict[str, dict[str, Any]] = {
         "recipe": {"context": 4096, "curriculum": _SHORT_FIRST, "tokens": 800 << 15},
         "tests": [{"length": n} for n in (1024, 4096, 8192, 16384, 32768)],
     },
+    # small enough for a processor: the same ratios of text, blocks and blocks read, a sixteenth of the length
+    "needle": {
+        "task": {"task": "needle", "vocab": 128},
+        "shape": "recall_small.json",
+        "recipe": {
+            "context": 256,
+            "curriculum": [[32, 0.4], [64, 0.2], [128, 0.1]],
+            "batch_tokens": 4096,
+            "tokens": 200 << 12,
+            "warmup_steps": 20,
+            "val_interval": 50,
+        },
+        "tests": [{"length": n} for n in (256, 1024, 4096)],
+        "attentions": {"bsbr": "bsbr:block_size=8,top_k=4", "window": "window:window=40"},
+    },
 }
 """What each task is trained on and at, and what it is tested at."""
 
-_SHAPE = Path(__file__).parent / "configs" / "recall.json"
+_CONFIGS = Path(__file__).parent / "configs"
 
 
 def main() -> None:
@@ -100,8 +115,8 @@ def train(task: str, name: str, seed: int, options: argparse.Namespace) -> dict[
     values = _RECIPE | plan["recipe"] | given
     values["curriculum"] = tuple((length, share) for length, share in values.get("curriculum", ()))
     trained = TaskConfig.from_dict({**plan["task"], "length": values["context"]})
-    shape = Path(options.shape)
-    settings = options.settings or ATTENTIONS[name]
+    shape = Path(options.shape or _CONFIGS / plan.get("shape", "recall.json"))
+    settings = options.settings or plan.get("attentions", {}).get(name, ATTENTIONS[name])
     recipe = PretrainConfig(
         architecture=str(shape), attention=parse_attention(settings, seed), seed=seed,
         task=trained.to_dict(), compile=False, **values,
@@ -206,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=["full", "bsbr"])
     part.add_argument("--settings", help="settings of the attention in place of those of its name")
     part.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    part.add_argument("--shape", default=str(_SHAPE), help="configuration of the model, JSON")
+    part.add_argument("--shape", help="configuration of the model, JSON; None: the task's own")
     part.add_argument("--recipe", default="{}", help="fields of PretrainConfig that differ, JSON")
     part.add_argument("--test-tokens", type=int, default=1 << 21, help="tokens that a test reads, at most")
     part.add_argument("--least-examples", type=int, default=32, help="examples of a test, at least; at most 512")
