@@ -79,7 +79,7 @@ def test_the_layer_is_its_parts_written_out():
 
     def convolved(x, taps):
         channels = x.flatten(2).mT
-        mixed = F.conv1d(F.pad(channels, (3, 0)), taps[:, None], groups=len(taps))
+        mixed = F.conv1d(F.pad(channels, (3, 0)), taps.flatten(0, 1)[:, None], groups=channels.shape[1])
         return F.silu(mixed).mT.unflatten(2, x.shape[2:])
 
     q, k, v = (convolved(x, wide[f"conv_{name}"]) for name, x in (("q", q), ("k", k), ("v", v)))
@@ -145,6 +145,12 @@ def test_kernels_get_what_they_ask_for(monkeypatch):
     actual = gated_delta_layer(*given, weights)
     module._fla_kernel.cache_clear()
     assert (actual - expected).square().mean().sqrt() < 0.02 * expected.square().mean().sqrt()
+
+
+def test_it_compiles_as_one_graph():
+    given, weights = layer_inputs(70)
+    compiled = torch.compile(gated_delta_layer, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(*given, weights), gated_delta_layer(*given, weights))
 
 
 def test_settings():
