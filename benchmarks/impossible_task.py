@@ -26,18 +26,18 @@ from bsbr.peers import make
 ATTENTIONS: dict[str, dict[str, Any]] = {
     "full": {},
     "bsbr": {"block_size": 8, "top_k": 2},
+    "gated_delta": {},
+    "nsa": {"block_size": 8, "top_k": 2, "window": 12},
+    "linear": {},
+    "window": {"window": 12},
+    "moba": {"block_size": 8, "top_k": 2},
+    "local": {"block_size": 8},
+    "additive": {"block_size": 8},
+    "additive, compressed": {"block_size": 8, "compression": 4},
     "bsbr, units of 4": {"block_size": 8, "retrieval_block_size": 4, "top_k": 3, "selection": "group"},
     "bsbr, states only": {"block_size": 8, "top_k": 0},
     "bsbr, state of each block": {"block_size": 8, "top_k": 0, "state": "block"},
     "bsbr, state for each token": {"block_size": 8, "top_k": 1, "state": "token"},
-    "moba": {"block_size": 8, "top_k": 2},
-    "local": {"block_size": 8},
-    "window": {"window": 12},
-    "nsa": {"block_size": 8, "top_k": 2, "window": 12},
-    "linear": {},
-    "gated_delta": {},
-    "additive": {"block_size": 8},
-    "additive, compressed": {"block_size": 8, "compression": 4},
 }
 """Name of each attention, up to a comma, and its settings: many block edges in a short window."""
 
@@ -52,7 +52,7 @@ def main() -> None:
     """Train all that are not in the result file yet, and judge them."""
     options = _parser().parse_args()
     done = json.loads(options.output.read_text())["rows"] if options.resume else []
-    names = [*(options.attention or ATTENTIONS), *([] if options.attention else ["leaky"])]
+    names = options.attention or ["leaky", *ATTENTIONS]
     for name in names:
         if any(row["attention"] == name for row in done):
             continue
@@ -77,14 +77,14 @@ def measure(name: str, steps: int, seed: int) -> dict[str, Any]:
     attention = make("full") if name == "leaky" else make(name.split(",")[0], ATTENTIONS[name], seed=seed)
     config = match_parameters(
         LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=LENGTH,
         ),
         attention,
     )  # fmt: skip
     model = build_model(config, attention, seed=seed)
     shift = 1 if name == "leaky" else 0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     generator = torch.Generator().manual_seed(seed)
     curve, total = [], 0.0
     for step in range(1, steps + 1):
@@ -125,7 +125,7 @@ def _document(rows: list[dict[str, Any]], steps: int) -> dict[str, Any]:
         "command": [without_folders(word) for word in sys.argv if word != "--resume"],
         "code": code_versions(),
         "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads(), "device": "cpu", "dtype": "float32"},
-        "protocol": f"Llama, 2 layers of 32, 4 query and 2 key heads, MLPs narrowed to equal parameters; {steps} steps "
+        "protocol": f"Llama, 1 layer of 32, 4 query and 2 key heads, MLPs narrowed to equal parameters; {steps} steps "
         f"of AdamW (3e-3) on {ROWS} windows of {LENGTH} tokens drawn uniformly from {VOCABULARY}, all of them fresh; "
         f"then the mean loss over {HELD_OUT} more batches. The leaky control is given the token it is to predict",
         "ln_v": math.log(VOCABULARY),
