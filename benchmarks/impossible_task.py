@@ -130,7 +130,7 @@ def _document(rows: list[dict[str, Any]], steps: int) -> dict[str, Any]:
         f"then the mean loss over {HELD_OUT} more batches. The leaky control is given the token it is to predict",
         "ln_v": math.log(VOCABULARY),
         "bound": BOUND,
-        "least_loss": min(row["held_out_loss"] for row in rows if row["attention"] != "leaky"),
+        "least_loss": min((row["held_out_loss"] for row in rows if row["attention"] != "leaky"), default=None),
         "rows": rows,
     }
 

@@ -107,7 +107,7 @@ def gated_delta_layer(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, weights: 
     q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + _EPS) for x in (q, k))
     read = hidden.to(wide)
     beta = F.linear(read, small["beta"]).sigmoid()
-    log_decay = -small["rate"].exp() * F.softplus(F.linear(read, small["decay"]) + small["step"])
+    log_decay = -small["rate"].exp() * _softplus(F.linear(read, small["decay"]) + small["step"])
     kernel = _fla_kernel() if q.is_cuda and not torch.compiler.is_compiling() else None  # it would break the graph
     if kernel is None:
         o = gated_delta_attention(q, k, v, log_decay, beta)
@@ -191,6 +191,11 @@ def _convolved(x: Tensor, taps: Tensor) -> Tensor:
     mixed = sum(padded[:, i : i + x.shape[1]] * taps[..., i] for i in range(TAPS))
     assert isinstance(mixed, Tensor)
     return F.silu(mixed)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)); torch's own has a gradient whose strides a compiled graph gets wrong (2.13)."""
+    return torch.logaddexp(x, x.new_zeros(()))
 
 
 @lru_cache
