@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
 
     from rich.console import Console
 
-    from bsbr.cli.models import load, read_evaluation_texts
+    from bsbr.cli.models import load_with_texts
     from bsbr.evaluation.settings import SuiteConfig
     from bsbr.evaluation.speed import SpeedSettings
     from bsbr.evaluation.suite import run_suite
@@ -59,8 +59,7 @@ def run(args: argparse.Namespace) -> None:
     from bsbr.report import render
 
     console = Console(stderr=True)
-    texts = read_evaluation_texts(args.text, args.model)
-    original, tokenizer = load(args.model, args.dtype, args.device)
+    original, tokenizer, texts = load_with_texts(args.model, args.text, args.dtype, args.device)
     trained = max_positions(original)
     if args.max_length:
         original = extend_positions(original, args.max_length)

@@ -53,7 +53,7 @@ def run_sweep_command(args: argparse.Namespace, command: list[str]) -> None:
 
     from rich.console import Console
 
-    from bsbr.cli.models import load, read_calibration_text, read_evaluation_texts
+    from bsbr.cli.models import load_with_texts, read_calibration_text
     from bsbr.data.text import text_digest
     from bsbr.evaluation.speed import SpeedSettings
     from bsbr.evaluation.sweep import run_sweep
@@ -64,9 +64,8 @@ def run_sweep_command(args: argparse.Namespace, command: list[str]) -> None:
     from bsbr.training.calibrate import calibrate
 
     attention = replace(attention_config(args), top_k=1, retrieval_block_size=None, dense_below=0)
-    texts = read_evaluation_texts(args.text, args.model)
     text = read_calibration_text(args.calibrate)
-    original, tokenizer = load(args.model, args.dtype, args.device)
+    original, tokenizer, texts = load_with_texts(args.model, args.text, args.dtype, args.device)
     config = SweepConfig(
         attention=attention,
         budgets=args.budgets,
