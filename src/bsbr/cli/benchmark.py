@@ -1,10 +1,10 @@
 """`bsbr benchmark`: speed alone, on a model of real size with random weights."""
 
 import argparse
-import sys
 
 from bsbr.cli.options import add_attention_arguments, attention_config, check_device, check_output, lengths
 from bsbr.errors import UserError
+from bsbr.terminal import harmless
 
 HELP = "Measure speed and memory of whole models against the original and an attention-free floor."
 
@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> None:
     if args.repeats < 2:
         raise UserError(f"--repeats {args.repeats}: must be at least 2, or there is no spread")
     output = check_output(args.output, "records.jsonl", resume=args.resume, overwrite=args.overwrite)
+    args.if_out_of_memory = "Lower --lengths and start anew; what was measured is kept"
     args.after_interrupt = "Go on with the same command and --resume"
     check_device(args.device)
 
@@ -73,9 +74,9 @@ def run(args: argparse.Namespace) -> None:
     )
     summary = run_suite(
         original, None, variants, {}, config, output, args.resume,
-        name=args.model, command=sys.argv[1:], console=Console(stderr=True),
+        name=args.model, command=args.words, console=Console(stderr=True),
     )  # fmt: skip
     render(output)
     for table in summary_tables(summary):
         Console().print(table)
-    print(f"report: {output / 'report.html'}   summary: {output / 'summary.md'}")
+    print(harmless(f"report: {output / 'report.html'}   summary: {output / 'summary.md'}"))

@@ -1,11 +1,13 @@
 """Options that several sub-commands share, and what they mean."""
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bsbr.config import BSBRConfig
 from bsbr.errors import UserError
+from bsbr.files import remove_temporaries
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +98,7 @@ def check_device(name: str) -> "torch.device":
 
 
 def check_output(folder: str, marker: str, *, resume: bool, overwrite: bool) -> Path:
-    """Check that an output folder can be written before long work starts.
+    """Check that an output folder can be written before long work starts, and clear what a killed run left there.
 
     Args:
         folder: the folder; made if missing.
@@ -115,10 +117,10 @@ def check_output(folder: str, marker: str, *, resume: bool, overwrite: bool) -> 
         raise UserError(f'output "{folder}": holds an earlier run. Add --resume, --overwrite or choose another')
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".bsbr-probe"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f'output "{folder}": cannot be written ({reason}). Choose another folder') from error
+    remove_temporaries(path)
     return path
