@@ -113,14 +113,33 @@ def staged_folder(folder: str | Path, marker: str = "config.json") -> Iterator[P
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
             os.chmod(file, 0o666 & ~_umask())
-        for file in files:
-            os.replace(file, folder / file.name)
+        _move(files, folder)
         sync_folder(folder)
     except OSError as error:
         raise write_error("folder", folder, error) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move(files: list[Path], folder: Path) -> None:
+    """Move files into a folder; where one cannot be, those before it are taken back."""
+    done: list[tuple[Path, Path | None]] = []
+    try:
+        for file in files:
+            target, kept = folder / file.name, None
+            if target.exists():
+                kept = file.with_name(f"{file.name}.old")
+                os.link(target, kept)
+            os.replace(file, target)
+            done.append((target, kept))
+    except OSError:
+        for target, kept in done:
+            if kept is None:
+                target.unlink()
+            else:
+                os.replace(kept, target)
+        raise
 
 
 def remove_temporaries(folder: Path) -> None:
@@ -139,6 +158,23 @@ def remove_temporaries(folder: Path) -> None:
         else:
             with contextlib.suppress(OSError):
                 path.unlink()
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder and see that files can be written there, before long work starts.
+
+    Args:
+        folder: the output folder.
+    Raises:
+        UserError: they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:  # a name that holds a zero is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f'output "{folder}": cannot be written ({reason}). Choose another folder') from error
 
 
 def write_error(what: str, path: Path, error: OSError) -> UserError:

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -36,10 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 a check failed (or bsbr did), 2 bad input, 3 out of memory or disk space, 130
         interrupted. Errors and warnings are one line each on standard error.
     """
-    args = _parser().parse_args(argv)
-    args.words = list(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    for word in words:
+        if re.fullmatch(r"--[a-z-]+=--", word):  # argparse would take it for no value at all, and check nothing
+            parser.error(f"argument {word[:-3]}: expected a value, got '--'")
+    args = parser.parse_args(words)
+    args.words = words
     if not hasattr(args, "run"):
-        _parser().print_help()
+        parser.print_help()
         return 0
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning

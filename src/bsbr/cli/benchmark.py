@@ -4,12 +4,17 @@ import argparse
 
 from bsbr.cli.options import add_attention_arguments, attention_config, check_device, check_output, lengths
 from bsbr.errors import UserError
+from bsbr.memory import require_memory
 from bsbr.terminal import harmless
 
 HELP = "Measure speed and memory of whole models against the original and an attention-free floor."
 
 SHAPES = ("gpt2-shape",)
 """Models by name: GPT-2's real size (124 M parameters) with random weights, positions extended."""
+
+
+_WIDTH, _WIDTHS = 768, 160_000
+"""GPT-2's width, and how many vectors of it the model without its positions holds."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +44,8 @@ def run(args: argparse.Namespace) -> None:
     args.if_out_of_memory = "Lower --lengths and start anew; what was measured is kept"
     args.after_interrupt = "Go on with the same command and --resume"
     check_device(args.device)
+    need = 4 * _WIDTH * (_WIDTHS + args.lengths[-1])
+    require_memory(need, f"a model with {args.lengths[-1]} positions", "Lower --lengths")
 
     from dataclasses import replace
 

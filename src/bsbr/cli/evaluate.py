@@ -82,6 +82,10 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         device=args.device,
     )
+    if positions is not None and config.window > positions:  # said before anything is calibrated
+        raise UserError(
+            f"--window {config.window}: the model has {positions} positions. Lower it, or extend them with --max-length"
+        )
     variants = make_variants(original, tokenizer, attention, args)
     summary = run_suite(
         original, tokenizer, variants, texts, config, output, args.resume,

@@ -41,6 +41,11 @@ def run(args: argparse.Namespace) -> None:
     """Train, save, show."""
     args.after_interrupt = "Go on with the same command and --resume"
     args.if_out_of_memory = "Lower --length or --batch-windows, or add --gradient-checkpointing; then --resume"
+    from bsbr.training.finetune_recipe import FinetuneConfig
+
+    config = FinetuneConfig(
+        gradient_checkpointing=args.gradient_checkpointing, **{name: getattr(args, name) for name in FIELDS}
+    )
     from rich.console import Console
 
     from bsbr.cli.models import load, read_calibration_text, save
@@ -50,11 +55,7 @@ def run(args: argparse.Namespace) -> None:
     from bsbr.report.plots.finetuning import draw_finetuning
     from bsbr.terminal import harmless
     from bsbr.training.finetune import finetune
-    from bsbr.training.finetune_recipe import FinetuneConfig
 
-    config = FinetuneConfig(
-        gradient_checkpointing=args.gradient_checkpointing, **{name: getattr(args, name) for name in FIELDS}
-    )
     output = check_output(args.output, "finetune.json", resume=args.resume, overwrite=False)
     model, tokenizer = load(args.model, device=str(_device(args.device, check_device)))
     text = read_calibration_text(args.text) or ""

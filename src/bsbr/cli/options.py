@@ -1,13 +1,12 @@
 """Options that several sub-commands share, and what they mean."""
 
 import argparse
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bsbr.config import BSBRConfig
 from bsbr.errors import UserError
-from bsbr.files import remove_temporaries
+from bsbr.files import check_writable, remove_temporaries
 
 if TYPE_CHECKING:
     import torch
@@ -115,12 +114,6 @@ def check_output(folder: str, marker: str, *, resume: bool, overwrite: bool) -> 
         raise UserError(f'output "{folder}": is a file. Choose a folder')
     if (path / marker).exists() and not resume and not overwrite:
         raise UserError(f'output "{folder}": holds an earlier run. Add --resume, --overwrite or choose another')
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f'output "{folder}": cannot be written ({reason}). Choose another folder') from error
+    check_writable(path)
     remove_temporaries(path)
     return path

@@ -35,9 +35,11 @@ def run(args: argparse.Namespace) -> None:
     """Train."""
     args.after_interrupt = "Go on with the same command and --resume"
     args.if_out_of_memory = "Lower --batch-tokens, --context, --hidden, --layers or --vocab"
-    from bsbr.training.pretrain import PretrainConfig, run_pretrain
+    from bsbr.training.recipe import PretrainConfig
 
     config = PretrainConfig(tokens=args.tokens, minutes=args.minutes, **{name: getattr(args, name) for name in FIELDS})
+    from bsbr.training.pretrain import run_pretrain
+
     run_pretrain(
         config, text=args.text, val=args.val, output=args.output, tokenizer=args.tokenizer, resume=args.resume,
         device=args.device,

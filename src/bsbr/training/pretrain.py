@@ -11,8 +11,9 @@ import torch
 
 import bsbr
 from bsbr.errors import UserError
-from bsbr.files import remove_temporaries, write_json
+from bsbr.files import check_writable, remove_temporaries, write_json
 from bsbr.manifest import write_manifest
+from bsbr.memory import require_memory
 from bsbr.training.checkpoint import remove_unfinished
 from bsbr.training.corpus import prepare_corpus, save_tokenizer
 from bsbr.training.language_model import HeldOut, build_gpt2, held_out_loss, save_model
@@ -64,6 +65,9 @@ def run_pretrain(
     started = time.monotonic()
     place, output = _device(device), Path(output)
     _check_output(output, resume)
+    if place.type == "cpu":
+        require_memory(config.least_bytes(), "training", "Lower --hidden, --layers or --context")
+    check_writable(output)
     remove_temporaries(output)
     remove_unfinished(output / "checkpoints")
     # the second is written after the first: without it the tokenizer is not whole
@@ -79,7 +83,8 @@ def run_pretrain(
             device=place,
             progress=progress,
         )
-        save_tokenizer(corpus.tokenizer, output)
+        if tokenizer is None or Path(tokenizer) != output:  # what was read there is there
+            save_tokenizer(corpus.tokenizer, output)
         model = build_gpt2(
             layers=config.layers,
             heads=config.heads,
