@@ -1,7 +1,5 @@
 """Models and texts by the names users give them."""
 
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +7,7 @@ from bsbr.data.embedded import EMBEDDED, EMBEDDED_MODEL, calibration_text, evalu
 from bsbr.data.text import read_documents, read_text
 from bsbr.errors import UserError
 from bsbr.hf.loading import load_model, load_tokenizer
+from bsbr.hf.saving import save_whole
 
 
 def load(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[Any, Any]:
@@ -97,13 +96,9 @@ def save(model: Any, tokenizer: Any, output: Path) -> None:
     Raises:
         UserError: the folder cannot be written.
     """
-    temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
-    try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):  # config.json last
-            file.replace(output / file.name)
-    except OSError as error:
-        raise UserError(f'output "{output}": cannot be written ({error.strerror or error})') from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    save_whole(output, write)

@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 
+from bsbr.cli.deterministic import add_deterministic_argument
+
 HELP = "Train a GPT-2-architecture language model from random weights on a text; the embedded model's recipe."
 
 FIELDS = ("layers", "heads", "hidden", "context", "vocab", "batch_tokens", "lr", "muon_lr", "warmup_steps", "seed")
@@ -26,14 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, type=type(default), default=default, help="see `PretrainConfig`")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
+    add_deterministic_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Train."""
     args.after_interrupt = "Go on with the same command and --resume"
-    from bsbr.training.pretrain import PretrainConfig, run_pretrain
+    args.if_out_of_memory = "Lower --batch-tokens, --context, --hidden, --layers or --vocab"
+    from bsbr.training.recipe import PretrainConfig
 
     config = PretrainConfig(tokens=args.tokens, minutes=args.minutes, **{name: getattr(args, name) for name in FIELDS})
+    from bsbr.training.pretrain import run_pretrain
+
     run_pretrain(
         config, text=args.text, val=args.val, output=args.output, tokenizer=args.tokenizer, resume=args.resume,
         device=args.device,

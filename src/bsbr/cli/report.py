@@ -13,6 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write the report."""
     from bsbr.report import render
+    from bsbr.terminal import harmless
 
     for path in render(args.results):
-        print(path)
+        print(harmless(str(path)))

@@ -5,6 +5,7 @@ from typing import Any
 
 from bsbr.cli.options import attention_config, check_device, check_output, lengths
 from bsbr.errors import UserError
+from bsbr.terminal import harmless
 
 LEFT_OUT: dict[str, Any] = {
     "top_k": 2,
@@ -91,4 +92,4 @@ def run_sweep_command(args: argparse.Namespace, command: list[str]) -> None:
     render(output)
     for table in sweep_tables(content):
         Console().print(table)
-    print(f"report: {output / 'report.html'}   summary: {output / 'summary.md'}")
+    print(harmless(f"report: {output / 'report.html'}   summary: {output / 'summary.md'}"))

@@ -57,8 +57,8 @@ def prepare_corpus(
     Raises:
         UserError: a text or the tokenizer is unusable, or a text is shorter than one window.
     """
-    progress.say(f"reading {text.name} and {val.name}")
     contents = {"train": (text, read_text(text)), "held_out": (val, read_text(val))}
+    progress.say(f"read {text.name} and {val.name}")
     documents = {role: split_documents(content) for role, (_, content) in contents.items()}
     if tokenizer is None:
         progress.say(f"training a tokenizer of {vocab} tokens")

@@ -11,7 +11,10 @@ import torch
 
 import bsbr
 from bsbr.errors import UserError
-from bsbr.files import write_json
+from bsbr.files import check_writable, remove_temporaries, write_json
+from bsbr.manifest import write_manifest
+from bsbr.memory import require_memory
+from bsbr.training.checkpoint import remove_unfinished
 from bsbr.training.corpus import prepare_corpus, save_tokenizer
 from bsbr.training.language_model import HeldOut, build_gpt2, held_out_loss, save_model
 from bsbr.training.progress import TrainingProgress
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = ["PretrainConfig", "run_pretrain"]
+
+_MODEL = ("config.json", "generation_config.json", "model.safetensors")
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
 def run_pretrain(
@@ -59,7 +65,13 @@ def run_pretrain(
     started = time.monotonic()
     place, output = _device(device), Path(output)
     _check_output(output, resume)
-    if resume and tokenizer is None and (output / "tokenizer.json").is_file():
+    if place.type == "cpu":
+        require_memory(config.least_bytes(), "training", "Lower --hidden, --layers or --context")
+    check_writable(output)
+    remove_temporaries(output)
+    remove_unfinished(output / "checkpoints")
+    # the second is written after the first: without it the tokenizer is not whole
+    if resume and tokenizer is None and all((output / name).is_file() for name in _TOKENIZER):
         tokenizer = output
     with TrainingProgress(console) as progress:
         corpus = prepare_corpus(
@@ -71,7 +83,8 @@ def run_pretrain(
             device=place,
             progress=progress,
         )
-        save_tokenizer(corpus.tokenizer, output)
+        if tokenizer is None or Path(tokenizer) != output:  # what was read there is there
+            save_tokenizer(corpus.tokenizer, output)
         model = build_gpt2(
             layers=config.layers,
             heads=config.heads,
@@ -90,8 +103,9 @@ def run_pretrain(
         progress.held_out(trainer.step, held_out.nll, held_out.bits_per_byte)
         record = _record(config, trainer, held_out, place, time.monotonic() - started)
         save_model(model.bfloat16(), output)
+        write_manifest(output, [name for name in (*_MODEL, *_TOKENIZER) if (output / name).is_file()])
         write_json(output / "training.json", record)
-        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+        _remove_checkpoints(output)
         progress.say(f"model saved in {output}")
     return record
 
@@ -134,10 +148,20 @@ def _record(
 def _check_output(output: Path, resume: bool) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f'output "{output}": is a file. Choose a folder')
-    if (output / "model.safetensors").exists():
+    # a run that was killed while it saved its model still has its checkpoints, and goes on from them
+    unfinished = resume and (output / "checkpoints").exists() and not (output / "training.json").exists()
+    if (output / "model.safetensors").exists() and not unfinished:
         raise UserError(f'output "{output}": already holds a model. Choose another folder or remove it')
     if not resume and (output / "checkpoints").exists():
         raise UserError(f'output "{output}": holds an unfinished run. Continue it with --resume or choose another')
+
+
+def _remove_checkpoints(output: Path) -> None:
+    # Renamed first: what is left of a removal that was cut short must not look like a run to go on with.
+    doomed = output / ".removing-checkpoints"
+    shutil.rmtree(doomed, ignore_errors=True)
+    (output / "checkpoints").rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _device(name: str) -> torch.device:

@@ -5,6 +5,8 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from bsbr.terminal import harmless
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
@@ -45,6 +47,7 @@ class TrainingProgress:
 
     def say(self, message: str) -> None:
         """Write one line that stays."""
+        message = harmless(message)
         if self._console is None:
             print(message, file=sys.stderr, flush=True)
         else:

@@ -68,6 +68,21 @@ class PretrainConfig:
         known = ("auto", "bfloat16", "float32")
         _require("precision", self.precision, self.precision in known, f"one of {', '.join(known)}")
 
+    def least_bytes(self) -> int:
+        """Memory that training takes at the least: weights, gradients and one moment of each, in float32.
+
+        The vocabulary is left out, since a small text yields a smaller one than asked for.
+
+        Returns:
+            Bytes.
+
+        Example:
+            >>> PretrainConfig(layers=1, heads=1, hidden=1, context=1, batch_tokens=1, tokens=1).least_bytes()
+            336
+        """
+        block = 12 * self.hidden**2 + 13 * self.hidden
+        return 3 * 4 * (self.layers * block + (self.context + 2) * self.hidden)
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON takes them."""
         return dataclasses.asdict(self)
