@@ -2,17 +2,20 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from bsbr.peers import (
     AdditiveConfig,
     ValueOnlyConfig,
     additive_attention,
     full_attention,
+    gated_delta_attention,
+    linear_attention,
     local_attention,
     moba_attention,
     value_only_attention,
+    window_attention,
 )
+from tests.peers.cases import draw, plain
 
 
 def additive(q, k, v, **options):
@@ -29,25 +32,14 @@ PEERS = {
     "moba": lambda q, k, v: moba_attention(q, k, v, block_size=8, top_k=1),
     "value_only": lambda q, k, v: value_only_attention(q, v),
     "additive": additive,
+    "window": lambda q, k, v: window_attention(q, k, v, window=5),
+    "linear": linear_attention,
+    "gated_delta": lambda q, k, v: gated_delta_attention(q, k / 4, v, -k[..., 0].abs(), v[..., 0].sigmoid()),
 }
 
 
-def draw(tokens, seed=0, heads=4, width=6):
-    generator = torch.Generator().manual_seed(seed)
-    return (
-        torch.randn(2, tokens, heads, width, generator=generator),
-        *torch.randn(2, 2, tokens, 2, width, generator=generator),
-    )
-
-
-def plain(q, k, v, read):
-    """Softmax attention where `read` [T, T] says, heads repeated."""
-    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2).transpose(1, 2) for x in (k, v))
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=read).transpose(1, 2)
-
-
 @pytest.mark.parametrize("peer", PEERS)
-@pytest.mark.parametrize("tokens", [1, 8, 9, 37])
+@pytest.mark.parametrize("tokens", [1, 8, 9, 37, 66])
 def test_peers_are_causal_to_the_bit(peer, tokens):
     q, k, v = draw(tokens)
     before = PEERS[peer](q, k, v)

@@ -44,7 +44,7 @@ def convert(
 
     Args:
         model_or_name: a causal language model, or the folder or hub name of one.
-        config: a BSBRConfig, or the config of a peer (AdditiveConfig, ValueOnlyConfig).
+        config: a BSBRConfig, or the config of a peer, as `bsbr.peers.make` gives them by name.
         max_length: tokens the result must take; learned positions are interpolated (see `extend_positions`).
         layers: numbers of the full-attention layers to convert, from 0; the others stay dense. None means all, or
             those of a model that is converted already.

@@ -1,19 +1,20 @@
 """What may stand where a model's attention stood: one table row for each mixer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from bsbr.config import BSBRConfig
 from bsbr.errors import UserError
+from bsbr.hf.call import Call, Mixer
 from bsbr.hf.families import LAYERS, NAME
-from bsbr.hf.parameters import AdditiveParameters, Calibration
+from bsbr.hf.parameters import Calibration
+from bsbr.hf.peers import NEVER, PEER_MIXERS
 from bsbr.ops import bsbr_attention
 from bsbr.ops.schedule import dense_until
-from bsbr.peers import AdditiveConfig, ValueOnlyConfig, additive_attention, value_only_attention
 
 
 class MixerConfig(Protocol):
@@ -25,46 +26,6 @@ class MixerConfig(Protocol):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict that JSON can hold."""
-
-
-class Call(NamedTuple):
-    """One call of an attention, rows starting at position 0."""
-
-    q: Tensor
-    """Queries, [B, Tq, HQ, D]; query i stands at position q_start + i."""
-    k: Tensor
-    """Keys, [B, T, H, D]."""
-    v: Tensor
-    """Values, [B, T, H, Dv]."""
-    hidden: Tensor | None
-    """Hidden states the queries were made of, [B, Tq, hidden], where the mixer asked for them."""
-    scale: float
-    """Factor on q.k."""
-    q_start: int
-    """Position of the first query."""
-    lengths: Tensor | None
-    """Real keys of each row, [B]; None means all."""
-    dropout_p: float
-    """Probability of dropping an attention weight."""
-    sinks: Tensor | None = None
-    """A logit of each query head for nothing, [HQ], of families that have sinks; only for a mixer that knows them."""
-    block_indices: Tensor | None = None
-    """Blocks to read instead of the mixer's own choice, [B, Tq, HQ, top_k], as `bsbr_attention` takes them."""
-
-
-class Mixer(NamedTuple):
-    """One row of `MIXERS`."""
-
-    config: Any
-    """Class of the settings."""
-    parameters: Callable[[Any, nn.Module], nn.Module | None]
-    """Makes what an attention module learns for this mixer, from the settings and the module."""
-    attend: Callable[[Call, Any, Any], Tensor]
-    """The attention, from the call, the settings and the learned parameters (None where nothing is attached)."""
-    exact_until: Callable[[Any], int]
-    """Tokens up to which the mixer is softmax attention, by definition."""
-    knows_sinks: bool
-    """A call may have sinks."""
 
 
 def _attend_bsbr(call: Call, settings: BSBRConfig, parameters: Calibration | None) -> Tensor:
@@ -79,34 +40,10 @@ def _attend_bsbr(call: Call, settings: BSBRConfig, parameters: Calibration | Non
     return o
 
 
-def _attend_additive(call: Call, settings: AdditiveConfig, parameters: AdditiveParameters | None) -> Tensor:
-    if parameters is None or call.hidden is None:
-        raise NotImplementedError("the additive mixer needs its learned projections: make the model with bsbr.convert")
-    if call.q_start:
-        raise NotImplementedError(
-            "the additive mixer cannot continue from a cache, it needs past hidden states: pass use_cache=False"
-        )
-    q_meta, k_meta = parameters.meta(call.hidden, settings.block_size)
-    return additive_attention(
-        call.q, call.k, call.v, q_meta, k_meta, block_size=settings.block_size, scale=call.scale,
-        compress=parameters.compress, decompress=parameters.decompress, dropout_p=call.dropout_p,
-    )  # fmt: skip
-
-
-def _attend_value_only(call: Call, settings: ValueOnlyConfig, parameters: None) -> Tensor:
-    return value_only_attention(call.q, call.v, q_start=call.q_start)
-
-
-MIXERS = {
-    "bsbr": Mixer(BSBRConfig, Calibration, _attend_bsbr, dense_until, True),
-    "additive": Mixer(
-        AdditiveConfig, AdditiveParameters, _attend_additive, lambda settings: settings.block_size, False
-    ),
-    "value_only": Mixer(ValueOnlyConfig, lambda settings, module: None, _attend_value_only, lambda settings: 0, False),
-}
+MIXERS = {"bsbr": Mixer(BSBRConfig, Calibration, _attend_bsbr, dense_until, True), **PEER_MIXERS}
 """Every mixer by name."""
 
-_DENSE = BSBRConfig(top_k=0, far="drop", dense_below=1 << 62)
+_DENSE = BSBRConfig(top_k=0, far="drop", dense_below=NEVER)
 """What a layer that is not converted runs: its whole past, read exactly."""
 
 
@@ -114,15 +51,16 @@ def write_settings(settings: MixerConfig) -> dict[str, Any]:
     """Return what a model's config keeps of a mixer's settings.
 
     Args:
-        settings: a BSBRConfig, AdditiveConfig or ValueOnlyConfig.
+        settings: a BSBRConfig or the config of a peer.
     Returns:
         The fields and the mixer's name.
     Raises:
         UserError: not the settings of a mixer.
 
     Example:
-        >>> write_settings(ValueOnlyConfig())
-        {'mixer': 'value_only'}
+        >>> from bsbr.peers import WindowConfig
+        >>> write_settings(WindowConfig(window=64))
+        {'window': 64, 'mixer': 'window'}
     """
     name = getattr(settings, "mixer", None)
     if name not in MIXERS or type(settings) is not MIXERS[name].config:

@@ -1,5 +1,6 @@
 """What an attention module learns beside its own weights. It lives in the module as `bsbr`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from bsbr.config import BSBRConfig
 from bsbr.ops import UNCALIBRATED
-from bsbr.peers import AdditiveConfig
+from bsbr.peers import AdditiveConfig, Shape
 
 
 class MixerParameters(nn.Module):
@@ -50,6 +51,44 @@ class Calibration(MixerParameters):
             return moved if moved.dtype == value.dtype else value.to(moved.device)
 
         return super()._apply(move, recurse)
+
+
+class PeerParameters(MixerParameters):
+    """What a peer learns, by name; random parts come from the peer's seed and the number of the layer.
+
+    Args:
+        settings: the model's settings of the peer; they have a seed.
+        module: the attention module.
+        values: the peer's first values, from the sizes of the attention and a generator.
+        keeps_rotation: the peer's queries and keys have the family's rotary positions.
+    """
+
+    wants_hidden = True
+
+    def __init__(
+        self,
+        settings: Any,
+        module: nn.Module,
+        values: Callable[[Shape, torch.Generator], dict[str, Tensor]],
+        *,
+        keeps_rotation: bool,
+    ) -> None:
+        super().__init__()
+        self._seed, self._layer = settings.seed, int(getattr(module, "layer_idx", 0))
+        self._shape, self._values, self.keeps_rotation = attention_shape(module), values, keeps_rotation
+        self.hidden: Tensor | None = None
+        self._register()
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """Return what the peer starts with."""
+        generator = torch.Generator().manual_seed((self._seed << 16) + self._layer)
+        with torch.device("cpu"):  # transformers builds models on the meta device
+            return self._values(self._shape, generator)
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Everything by name, as the peer's function takes it."""
+        return {name: getattr(self, name) for name in self._parameters}
 
 
 class AdditiveParameters(MixerParameters):
@@ -115,9 +154,19 @@ class AdditiveParameters(MixerParameters):
         return (weight, bias) if like is None else (weight.to(like.dtype), bias.to(like.dtype))
 
 
-def keep_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of an attention module: keep its hidden states until its attention function takes them."""
+def keep_hidden(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook of an attention module: keep its hidden states until its attention function takes them.
+
+    For a mixer that has no rotary positions, those that the family's models pass on turn by an angle of 0.
+    """
     module.bsbr.hidden = args[0] if args else kwargs["hidden_states"]  # type: ignore[union-attr]
+    rotation = kwargs.get("position_embeddings")
+    if rotation is None or getattr(module.bsbr, "keeps_rotation", True):
+        return None
+    cosine, sine = rotation
+    return args, kwargs | {"position_embeddings": (torch.ones_like(cosine), torch.zeros_like(sine))}
 
 
 def take_hidden(parameters: nn.Module | None) -> Tensor | None:
@@ -132,6 +181,20 @@ def take_hidden(parameters: nn.Module | None) -> Tensor | None:
     if hidden is not None:
         parameters.hidden = None  # type: ignore[union-attr]
     return hidden
+
+
+def attention_shape(module: nn.Module) -> Shape:
+    """Return the sizes of an attention module.
+
+    Args:
+        module: of a model of transformers.
+    Returns:
+        Width of the hidden states, query heads, key heads and the width of a head.
+    """
+    config = _text_config(module)
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Shape(config.hidden_size, heads, getattr(config, "num_key_value_heads", None) or heads, width)
 
 
 def _text_config(module: nn.Module) -> Any:

@@ -3,18 +3,19 @@
 It is what the published evaluation measured; it is here to be compared with, not to be used.
 """
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bsbr.peers.local import local_attention
+from bsbr.peers.settings import PeerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdditiveConfig:
+class AdditiveConfig(PeerConfig):
     """The original additive BSBR: local softmax attention plus q times a retrieved state, not normalised together.
 
     Raises:
@@ -37,29 +38,9 @@ class AdditiveConfig:
     """Chooses the random projections that no pretrained model has."""
 
     def __post_init__(self) -> None:
-        for name, least in (("block_size", 1), ("compression", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if name == "compression" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a dict that JSON can hold."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "AdditiveConfig":
-        """Make a config from a dict, refusing keys it does not know.
-
-        Raises:
-            ValueError: an unknown key, or a value out of range.
-        """
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(f"unknown additive setting {unknown[0]!r}: expected some of {', '.join(sorted(known))}")
-        return cls(**values)
+        self._require(block_size=1, seed=0)
+        if self.compression is not None:
+            self._require(compression=1)
 
 
 def additive_attention(

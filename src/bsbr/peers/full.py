@@ -1,8 +1,25 @@
 """Full causal softmax attention, the baseline, by PyTorch's own kernel."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from bsbr.peers.settings import PeerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullConfig(PeerConfig):
+    """Full attention in the shell of the other peers, with the same documents and padding: it has no settings.
+
+    Example:
+        >>> FullConfig().to_dict()
+        {}
+    """
+
+    mixer: ClassVar[str] = "full"
 
 
 def full_attention(

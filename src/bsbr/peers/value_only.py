@@ -1,13 +1,15 @@
 """No attention at all: each token passes its own value on. The floor that no attention can be faster than."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
+from bsbr.peers.settings import PeerConfig
+
 
 @dataclass(frozen=True, kw_only=True)
-class ValueOnlyConfig:
+class ValueOnlyConfig(PeerConfig):
     """Each token's attention output is its own value: it has no settings.
 
     Example:
@@ -16,21 +18,6 @@ class ValueOnlyConfig:
     """
 
     mixer: ClassVar[str] = "value_only"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a dict that JSON can hold."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "ValueOnlyConfig":
-        """Make a config from a dict, refusing keys it does not know.
-
-        Raises:
-            ValueError: a key is given.
-        """
-        if values:
-            raise ValueError(f"the value_only mixer has no settings, got {sorted(values)[0]!r}")
-        return cls()
 
 
 def value_only_attention(q: Tensor, v: Tensor, *, q_start: int = 0) -> Tensor:
