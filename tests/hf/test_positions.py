@@ -62,6 +62,31 @@ def test_what_cannot_be_extended(tiny):
         extend_positions(tiny("gpt2"), 0)
     with pytest.raises(UserError, match="method must be one of interpolate, tile"):
         extend_positions(tiny("gpt2"), 1024, "repeat")
+    with pytest.raises(UserError, match='"yarn" is for rotary positions'):
+        extend_positions(tiny("gpt2"), 1024, "yarn")
+
+
+@pytest.mark.parametrize("method", ["linear", "dynamic", "yarn"])
+def test_rotary_positions_are_scaled_as_transformers_scales_them(method, tiny, tokens, logits, tmp_path):
+    model, ids = tiny("llama"), tokens(1, 1024)
+    long = extend_positions(model, 1024, method, trained_length=256)
+    factor = 1.0 if method == "dynamic" else 4.0
+    scaled = {"rope_type": method, "factor": factor, "original_max_position_embeddings": 256}
+    theta = model.config.rope_parameters["rope_theta"]
+    maximum = 256 if method == "dynamic" else 1024
+    direct = tiny("llama", rope_parameters={**scaled, "rope_theta": theta}, max_position_embeddings=maximum)
+    direct = copy.deepcopy(direct)
+    direct.load_state_dict(model.state_dict())
+    assert torch.equal(logits(long, ids), logits(direct, ids))
+    assert not torch.equal(logits(long, ids), logits(model, ids))
+    if method == "linear":
+        angles = [x.model.rotary_emb(torch.zeros(1), torch.tensor([[p]]))[0] for x, p in ((model, 5), (long, 20))]
+        assert torch.allclose(*angles)
+    sparse = convert(long, BSBRConfig(dense_below=0, block_size=64, top_k=20))
+    assert torch.allclose(logits(sparse, ids), logits(long, ids), atol=1e-4)
+    sparse.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_model(tmp_path), ids), logits(sparse, ids))
+    assert model.config.rope_parameters["rope_type"] == "default"
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])

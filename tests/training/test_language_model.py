@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from bsbr.training.language_model import build_gpt2, held_out_loss, token_nll
+from bsbr.training.build import build_model, finished
+from bsbr.training.language_model import document_positions, held_out_loss, token_nll
+from bsbr.training.recipe import PretrainConfig
 
 
 def _tiny(seed: int = 0):
-    return build_gpt2(layers=2, heads=2, hidden=16, context=8, vocab=20, seed=seed)
+    recipe = PretrainConfig(layers=2, heads=2, hidden=16, context=8, batch_tokens=8, tokens=8, seed=seed)
+    return finished(build_model(recipe, 20), recipe)
 
 
 def test_token_nll_is_the_loss_of_the_models_own_forward() -> None:
@@ -30,18 +33,9 @@ def test_the_seed_alone_chooses_the_weights() -> None:
 
 
 def test_the_default_recipe_fits_the_size_limit() -> None:
-    from bsbr.training.recipe import PretrainConfig
-
     recipe = PretrainConfig(tokens=1)
     with torch.device("meta"):
-        model = build_gpt2(
-            layers=recipe.layers,
-            heads=recipe.heads,
-            hidden=recipe.hidden,
-            context=recipe.context,
-            vocab=recipe.vocab,
-            seed=0,
-        )
+        model = build_model(recipe, recipe.vocab)
     assert sum(p.numel() for p in model.parameters()) * 2 <= 14_300_000
 
 
@@ -81,3 +75,34 @@ def test_a_model_that_knows_nothing_has_the_loss_of_a_uniform_guess() -> None:
 def test_too_little_held_out_text_is_refused() -> None:
     with pytest.raises(ValueError, match="one window needs 9"):
         held_out_loss(_tiny(), torch.zeros(8, dtype=torch.int64), torch.ones(20), context=8)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize("attention", [None, "bsbr"])
+def test_packed_documents_are_as_good_as_alone(architecture, attention) -> None:
+    from bsbr.training.build import parse_attention
+
+    settings = attention and parse_attention("bsbr:block_size=4,top_k=1,dense_below=0")
+    recipe = PretrainConfig(
+        architecture=architecture, attention=settings, layers=2, heads=2, hidden=16, context=24, batch_tokens=24,
+        tokens=8,
+    )  # fmt: skip
+    model = build_model(recipe, 20)
+    windows = torch.randint(1, 20, (1, 25), generator=torch.Generator().manual_seed(0))
+    windows[0, [0, 9]] = 0
+    packed = token_nll(model, windows, document_positions(windows[:, :-1]))
+    first, second = token_nll(model, windows[:, :10]), token_nll(model, windows[:, 9:])
+    torch.testing.assert_close(packed, torch.cat([first, second], 1), atol=2e-6, rtol=1e-5)
+    joined = token_nll(model, windows)
+    assert (joined[:, 10:] - packed[:, 10:]).abs().max() > 1e-4
+
+
+def test_held_out_documents_can_be_kept_apart() -> None:
+    model, lengths = _tiny(), torch.ones(20, dtype=torch.int64)
+    stream = torch.randint(1, 20, (17,), generator=torch.Generator().manual_seed(2))
+    stream[4] = 0
+    apart, joined = (held_out_loss(model, stream, lengths, context=8, separate=x).nll for x in (True, False))
+    assert apart != joined
+    parts = held_out_loss(model, stream, lengths, context=8).nll_by_part
+    assert len(parts) == 8
+    assert sum(parts) / 8 == pytest.approx(joined)

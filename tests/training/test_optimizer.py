@@ -3,12 +3,15 @@
 import pytest
 import torch
 
-from bsbr.training.language_model import build_gpt2, token_nll
+from bsbr.training.build import build_model, finished
+from bsbr.training.language_model import token_nll
 from bsbr.training.optimizer import SplitOptimizer, schedule
+from bsbr.training.recipe import PretrainConfig
 
 
 def _model():
-    return build_gpt2(layers=1, heads=2, hidden=16, context=8, vocab=20, seed=0)
+    recipe = PretrainConfig(layers=1, heads=2, hidden=16, context=8, batch_tokens=8, tokens=8)
+    return finished(build_model(recipe, 20), recipe)
 
 
 def _optimizer(model) -> SplitOptimizer:
@@ -31,6 +34,25 @@ def test_block_matrices_get_muon_and_everything_else_adamw() -> None:
     muon = {name for name, owner in owners.items() if owner == "muon"}
     parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     assert muon == {f"transformer.h.0.{part}.weight" for part in parts}
+
+
+def test_adamw_for_all_has_no_muon_and_scalars_of_an_attention_do_not_decay() -> None:
+    from bsbr import BSBRConfig
+    from bsbr.hf.mixers import write_settings
+
+    sparse = write_settings(BSBRConfig(block_size=4, top_k=1, dense_below=0))
+    recipe = PretrainConfig(layers=1, heads=2, hidden=16, context=16, batch_tokens=16, tokens=16, attention=sparse)
+    model = build_model(recipe, 20)
+    for muon in (False, True):
+        optimizer = SplitOptimizer(model, lr=1e-2, muon_lr=1e-2, weight_decay=0.1, muon=muon)
+        token_nll(model, torch.randint(20, (2, 17))).mean().backward()
+        optimizer.step()
+        owners = {name.split("/")[1]: name.split("/")[0] for name in optimizer.state_tensors()}
+        assert ("muon" in owners.values()) == muon
+        assert owners["transformer.h.0.attn.bsbr.calibration"] == "adamw"
+        decays = {id(p): group["weight_decay"] for group in optimizer._adamw.param_groups for p in group["params"]}
+        assert decays[id(model.transformer.h[0].attn.bsbr.calibration)] == 0.0
+        assert decays[id(model.transformer.wte.weight)] == 0.1
 
 
 def test_every_parameter_moves_and_scale_zero_moves_none() -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bsbr.data.text import read_text, split_documents, text_digest
+from bsbr.data.collections import read_collection
+from bsbr.data.text import split_documents, text_digest
 from bsbr.data.tokenizer import encode_documents, load_tokenizer, token_byte_lengths, train_tokenizer
 from bsbr.errors import UserError
 from bsbr.files import write_atomic
@@ -36,8 +37,8 @@ class Corpus:
 
 def prepare_corpus(
     *,
-    text: Path,
-    val: Path,
+    text: str | Path,
+    val: str | Path,
     tokenizer: Path | None,
     vocab: int,
     context: int,
@@ -47,7 +48,7 @@ def prepare_corpus(
     """Read both texts, train or load the tokenizer, and put the encoded streams on the device.
 
     Args:
-        text, val: training and held-out text, as `bsbr.data.text.read_text` takes them.
+        text, val: training and held-out text, as `bsbr.data.collections.read_collection` takes them.
         tokenizer: folder of a tokenizer to use; None trains one of `vocab` tokens on the training text.
         vocab, context: sizes for a new tokenizer; every stream must hold one window of `context` tokens.
         device: where the streams go.
@@ -57,9 +58,10 @@ def prepare_corpus(
     Raises:
         UserError: a text or the tokenizer is unusable, or a text is shorter than one window.
     """
-    progress.say(f"reading {text.name} and {val.name}")
-    contents = {"train": (text, read_text(text)), "held_out": (val, read_text(val))}
-    documents = {role: split_documents(content) for role, (_, content) in contents.items()}
+    names = {"train": (text, Path(text).name), "held_out": (val, Path(val).name)}
+    contents = {role: read_collection(source) for role, (source, _) in names.items()}
+    progress.say(f"read {names['train'][1]} and {names['held_out'][1]}")
+    documents = {role: split_documents(content) for role, content in contents.items()}
     if tokenizer is None:
         progress.say(f"training a tokenizer of {vocab} tokens")
         encoder = train_tokenizer(documents["train"], vocab, max_length=context)
@@ -67,14 +69,15 @@ def prepare_corpus(
         encoder = load_tokenizer(tokenizer)
     record: dict[str, Any] = {"tokenizer_sha256": _tokenizer_digest(encoder)}
     streams = {}
-    for role, (path, content) in contents.items():
-        progress.say(f"encoding {path.name}")
+    for role, content in contents.items():
+        source, name = names[role]
+        progress.say(f"encoding {name}")
         ids = encode_documents(encoder, documents[role])
         if len(ids) < context + 1:
-            raise UserError(f'text "{path}": {len(ids)} tokens, one window needs {context + 1}. Give more text')
+            raise UserError(f'text "{source}": {len(ids)} tokens, one window needs {context + 1}. Give more text')
         streams[role] = torch.from_numpy(ids.astype("int32")).to(device)
         record[role] = {
-            "name": path.name,
+            "name": name,
             "sha256": text_digest(content),
             "bytes": len(content.encode()),
             "documents": len(documents[role]),

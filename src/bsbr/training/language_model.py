@@ -1,91 +1,114 @@
-"""The GPT-2-architecture model that `bsbr pretrain` trains, its loss, and its loss on held-out text."""
+"""The loss of a causal language model at every token, its loss on held-out text, and how it is saved."""
 
 import math
+import os
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers import AttentionInterface, PreTrainedModel
 
-from bsbr.files import write_atomic
+from bsbr.data.tokenizer import ENDOFTEXT_ID
+from bsbr.errors import UserError
+from bsbr.hf.attention import bsbr_attention_forward
+from bsbr.hf.families import NAME, PREFIX
+from bsbr.hf.modeling import BSBRModelMixin, layer_type
 
-if TYPE_CHECKING:
-    from transformers import GPT2LMHeadModel
+_UNMASKED = f"{NAME}_unmasked"
+"""Name of our attention without a mask function. Asking for a mask makes transformers look at the positions of every
+batch, which waits for the device, and makes a mask that costs the fast kernels where the model is compiled."""
 
-
-def build_gpt2(*, layers: int, heads: int, hidden: int, context: int, vocab: int, seed: int) -> "GPT2LMHeadModel":
-    """A GPT-2 model with random weights, tied embeddings and no dropout.
-
-    Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (GPT-2); initialisation as
-    transformers does it, from `seed` alone, without touching the global random state.
-
-    Args:
-        layers, heads, hidden, context, vocab: the sizes.
-        seed: chooses the weights.
-    Returns:
-        The model, float32, on the CPU, in training mode.
-    """
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        n_layer=layers,
-        n_head=heads,
-        n_embd=hidden,
-        n_positions=context,
-        vocab_size=vocab,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        resid_pdrop=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    config._attn_implementation = "sdpa"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return GPT2LMHeadModel(config).train()
+_PARTS = 8
+"""Parts of a window whose losses are kept apart."""
 
 
-def token_nll(model: "GPT2LMHeadModel", windows: torch.Tensor) -> torch.Tensor:
+def token_nll(model: PreTrainedModel, windows: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
     """Negative log-likelihood of each token of a batch of windows given those before it, in nats.
 
-    The blocks are called directly: the model's own `forward` builds a mask when it is compiled, which costs
-    SDPA its fast causal kernel. A test holds the two equal.
+    The blocks of a GPT-2 are called directly, so that the whole of it can be one compiled graph. A test holds the
+    two equal.
 
     Args:
-        model: GPT-2 with SDPA attention.
+        model: a causal language model, converted or not.
         windows: token ids, [B, T + 1], int64.
+        positions: position of each token in its document, [B, T], where windows hold several; None means one each.
     Returns:
         [B, T], float32: entry t is the loss of token t + 1.
     """
     inputs, targets = windows[:, :-1], windows[:, 1:]
+    if positions is None and model.config.model_type.removeprefix(PREFIX) == "gpt2":
+        logits = _gpt2_logits(model, inputs)
+    else:
+        whole = positions is None and isinstance(model, BSBRModelMixin) and _reads_everything(model)
+        if whole:
+            model.config._attn_implementation = _UNMASKED
+        try:
+            logits = model(inputs, position_ids=positions, use_cache=False).logits
+        finally:
+            if whole:
+                model.config._attn_implementation = NAME
+    loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+    return loss.view(targets.shape)
+
+
+def _gpt2_logits(model: PreTrainedModel, inputs: torch.Tensor) -> torch.Tensor:
     body = model.transformer
-    positions = torch.arange(inputs.shape[1], device=inputs.device)
-    states = body.wte(inputs) + body.wpe(positions)
+    states = body.wte(inputs) + body.wpe(torch.arange(inputs.shape[1], device=inputs.device))
     for block in body.h:
         states = block(states)
-    logits = model.lm_head(body.ln_f(states)).float()
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    return model.lm_head(body.ln_f(states))  # type: ignore[no-any-return]
 
 
-def save_model(model: "GPT2LMHeadModel", target: Path) -> None:
-    """Write weights and configuration as a standard Hugging Face folder, each file whole or not at all.
+def _reads_everything(model: PreTrainedModel) -> bool:
+    """No layer has a sliding window, which only a mask can give."""
+    config = model.config.get_text_config(decoder=True)
+    return all(layer_type(config, layer) == "full_attention" for layer in range(config.num_hidden_layers))
+
+
+AttentionInterface.register(_UNMASKED, bsbr_attention_forward)
+
+
+def document_positions(inputs: torch.Tensor) -> torch.Tensor:
+    """Count the tokens of each document of a packed window from its separator on.
 
     Args:
-        model: in the dtype to be stored; tied weights are stored once.
+        inputs: token ids, [B, T]; `<|endoftext|>` stands before each document.
+    Returns:
+        Positions, [B, T], int64; a window that begins inside a document counts from its own first token.
+
+    Example:
+        >>> document_positions(torch.tensor([[7, 8, 0, 5, 6]])).tolist()
+        [[0, 1, 0, 1, 2]]
+    """
+    place = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
+    start = torch.where(inputs == ENDOFTEXT_ID, place, 0).cummax(1).values
+    return place - start
+
+
+def save_model(model: PreTrainedModel, target: Path) -> None:
+    """Write a model as a standard Hugging Face folder, its configuration last.
+
+    Args:
+        model: in the dtype to be stored.
         target: the folder; made if missing.
     Raises:
         UserError: the folder cannot be written.
     """
-    from safetensors.torch import save
-
-    weights = {name: p.detach().to("cpu", copy=True).contiguous() for name, p in model.named_parameters()}
-    model.config.architectures = [type(model).__name__]
-    model.config.dtype = model.dtype
-    write_atomic(target / "config.json", model.config.to_json_string(use_diff=True))
-    write_atomic(target / "generation_config.json", model.generation_config.to_json_string(use_diff=True))
-    write_atomic(target / "model.safetensors", save(weights, metadata={"format": "pt"}))
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target, prefix=".model-"))
+        try:
+            model.save_pretrained(temporary)
+            for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
+                os.replace(file, target / file.name)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f'output "{target}": cannot be written ({error.strerror or error}). Free the place') from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +127,8 @@ class HeldOut:
     """Windows read, each `context` tokens long and without context from the one before."""
     context: int
     """Tokens a window scores; the first of each has one token before it, the last `context`."""
+    nll_by_part: tuple[float, ...]
+    """Nats per scored token in each eighth of the windows, first to last; fewer parts for shorter windows."""
 
     @property
     def perplexity(self) -> float:
@@ -113,23 +138,25 @@ class HeldOut:
 
 @torch.no_grad()
 def held_out_loss(
-    model: "GPT2LMHeadModel",
+    model: PreTrainedModel,
     stream: torch.Tensor,
     byte_lengths: torch.Tensor,
     *,
     context: int,
     max_windows: int | None = None,
     batch_windows: int = 16,
+    separate: bool = False,
 ) -> HeldOut:
     """Mean loss and bits per byte of a model over the windows of a held-out stream.
 
     Args:
-        model: GPT-2; its training mode makes no difference, as it has no dropout.
+        model: its training mode makes no difference, as it has no dropout.
         stream: token ids on the model's device, [tokens], any integer type; at least `context + 1`.
         byte_lengths: bytes per token id on the same device, [vocabulary], int64; 0 leaves a token unscored.
         context: tokens per window.
         max_windows: windows to read, spread evenly over the stream; all of them when None.
         batch_windows: windows per forward pass.
+        separate: keep attention and positions inside each document.
     Returns:
         The loss with the counts it rests on.
     Raises:
@@ -141,25 +168,28 @@ def held_out_loss(
     count = available if max_windows is None else min(available, max_windows)
     chosen = np.linspace(0, available - 1, count).round().astype(np.int64) * context
     reach = torch.arange(context + 1, device=stream.device)
-    nats = torch.zeros((), dtype=torch.float64, device=stream.device)
-    scored = torch.zeros((), dtype=torch.int64, device=stream.device)
-    num_bytes = torch.zeros((), dtype=torch.int64, device=stream.device)
+    nats = torch.zeros(context, dtype=torch.float64, device=stream.device)
+    scored, num_bytes = (torch.zeros(context, dtype=torch.int64, device=stream.device) for _ in range(2))
     for first in range(0, count, batch_windows):
         starts = torch.from_numpy(chosen[first : first + batch_windows]).to(stream.device)
         windows = stream[starts[:, None] + reach].long()  # [B, context + 1]
         lengths = byte_lengths[windows[:, 1:]]
-        nll = token_nll(model, windows)
-        nats += torch.where(lengths > 0, nll, 0.0).double().sum()
-        scored += (lengths > 0).sum()
-        num_bytes += lengths.sum()
-    num_tokens = int(scored)
+        packed = separate and bool((windows[:, 1:-1] == ENDOFTEXT_ID).any())
+        nll = token_nll(model, windows, document_positions(windows[:, :-1]) if packed else None)
+        nats += torch.where(lengths > 0, nll, 0.0).double().sum(0)
+        scored += (lengths > 0).sum(0)
+        num_bytes += lengths.sum(0)
+    num_tokens = int(scored.sum())
     if num_tokens == 0:
         raise ValueError("the held-out windows hold no token that stands for text. Give more text")
+    parts = [(x.sum().item(), int(n.sum())) for x, n in zip(nats.chunk(_PARTS), scored.chunk(_PARTS), strict=True)]
+    total = nats.sum().item()
     return HeldOut(
-        nll=nats.item() / num_tokens,
-        bits_per_byte=nats.item() / (math.log(2) * int(num_bytes)),
+        nll=total / num_tokens,
+        bits_per_byte=total / (math.log(2) * int(num_bytes.sum())),
         num_tokens=num_tokens,
-        num_bytes=int(num_bytes),
+        num_bytes=int(num_bytes.sum()),
         windows=count,
         context=context,
+        nll_by_part=tuple(x / n for x, n in parts if n),
     )

@@ -1,9 +1,11 @@
-"""Muon for the matrices of the blocks, AdamW for everything else, one schedule for both."""
+"""Muon for the matrices of the blocks, AdamW for everything else, one schedule for both; or AdamW for all."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import nn
+
+from bsbr.training.processes import like, whole
 
 _STATE_KEYS = {"adamw": ("exp_avg", "exp_avg_sq", "step"), "muon": ("momentum_buffer",)}
 
@@ -19,14 +21,19 @@ class SplitOptimizer:
         model: its parameters that require gradients are optimised.
         lr: peak learning rate of AdamW.
         muon_lr: peak learning rate of Muon, in the same units.
-        weight_decay: decoupled, on matrices and embeddings; norms and biases have none.
+        weight_decay: decoupled, on matrices and embeddings; norms, biases and an attention's scalars have none.
+        muon: False leaves the matrices to AdamW too, at its rate.
     """
 
-    def __init__(self, model: nn.Module, *, lr: float, muon_lr: float, weight_decay: float) -> None:
+    def __init__(self, model: nn.Module, *, lr: float, muon_lr: float, weight_decay: float, muon: bool = True) -> None:
         self._names: dict[torch.Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
-        matrices = [p for p, name in self._names.items() if p.ndim == 2 and not _is_embedding(name)]
-        embeddings = [p for p, name in self._names.items() if p.ndim == 2 and _is_embedding(name)]
-        vectors = [p for p in self._names if p.ndim != 2]
+        looked_up = _embeddings(model)
+        vectors = [p for p, name in self._names.items() if p.ndim != 2 or name.endswith(".calibration")]
+        kept = {*vectors}
+        matrices = [p for p in self._names if p not in kept and p not in looked_up]
+        embeddings = [p for p in self._names if p not in kept and p in looked_up]
+        if not muon:
+            matrices, embeddings = [], embeddings + matrices
         fused = next(iter(self._names)).is_cuda
         self._adamw = torch.optim.AdamW(
             [{"params": embeddings, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}],
@@ -34,10 +41,11 @@ class SplitOptimizer:
             betas=(0.9, 0.95),
             fused=fused,
         )
-        self._muon = torch.optim.Muon(
-            matrices, lr=muon_lr, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
-        )
-        self._parts = {"adamw": self._adamw, "muon": self._muon}
+        self._parts: dict[str, torch.optim.Optimizer] = {"adamw": self._adamw}
+        if matrices:
+            self._parts["muon"] = torch.optim.Muon(
+                matrices, lr=muon_lr, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+            )
         self._peaks = {"adamw": lr, "muon": muon_lr}
 
     def set_scale(self, scale: float) -> None:
@@ -53,9 +61,9 @@ class SplitOptimizer:
             part.zero_grad(set_to_none=True)
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """Every state tensor under `optimizer/parameter/key`, as references."""
+        """Every state tensor under `optimizer/parameter/key`, as references, or whole where they are spread."""
         return {
-            f"{part_name}/{self._names[p]}/{key}": part.state[p][key]
+            f"{part_name}/{self._names[p]}/{key}": whole(part.state[p][key])
             for part_name, part in self._parts.items()
             for p in part.state
             for key in _STATE_KEYS[part_name]
@@ -82,7 +90,7 @@ class SplitOptimizer:
             raise ValueError(f"optimizer state {name} is missing. Resume from an earlier checkpoint")
         # AdamW keeps its step count on the CPU unless it is fused.
         stays = key == "step" and not p.is_cuda
-        return tensors[name].clone() if stays else tensors[name].to(p.device, copy=True)
+        return tensors[name].clone() if stays else like(tensors[name], p)
 
 
 def schedule(step: int, total_steps: float, warmup_steps: int) -> float:
@@ -104,5 +112,8 @@ def schedule(step: int, total_steps: float, warmup_steps: int) -> float:
     return max(0.0, min(warm, decay))
 
 
-def _is_embedding(name: str) -> bool:
-    return name.endswith(("wte.weight", "wpe.weight", "lm_head.weight"))
+def _embeddings(model: nn.Module) -> set[torch.Tensor]:
+    """Weights that stand for tokens or positions, the output matrix among them."""
+    found: set[torch.Tensor] = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return found if head is None else found | {head.weight}

@@ -2,8 +2,11 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING
+
+from bsbr.terminal import harmless
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,20 +48,43 @@ class TrainingProgress:
 
     def say(self, message: str) -> None:
         """Write one line that stays."""
+        message = harmless(message)
         if self._console is None:
             print(message, file=sys.stderr, flush=True)
         else:
             self._console.print(message, markup=False, soft_wrap=True)
 
-    def held_out(self, step: int, nll: float, bits_per_byte: float) -> None:
-        """Write the held-out loss of a step, and keep it beside the bar."""
-        self._held_out = f" | held-out {nll:.3f}"
-        self.say(f"step {step}: held-out loss {nll:.4f} nats per token, {bits_per_byte:.4f} bits per byte")
+    def held_out(self, step: int, figures: Mapping[str, float]) -> None:
+        """Write the held-out figures of a step, and keep the loss beside the bar.
 
-    def update(self, step: int, total_steps: int | None, loss: float, tokens_per_s: float) -> None:
-        """Show the state after `step` of (about) `total_steps` steps; None while nobody knows."""
+        Args:
+            step: finished steps.
+            figures: `held_out_nll`, and `bits_per_byte` or `accuracy`.
+        """
+        nll = figures["held_out_nll"]
+        self._held_out = f" | held-out {nll:.3f}"
+        line = f"step {step}: held-out loss {nll:.4f} nats per token"
+        if "bits_per_byte" in figures:
+            line += f", {figures['bits_per_byte']:.4f} bits per byte"
+        if "accuracy" in figures:
+            line += f", accuracy {figures['accuracy']:.2%}"
+        self.say(line)
+
+    def update(
+        self, step: int, total_steps: int | None, loss: float, tokens_per_s: float, mfu: float | None = None
+    ) -> None:
+        """Show the state after `step` of (about) `total_steps` steps; None while nobody knows.
+
+        Args:
+            step, total_steps: finished, and of the whole run.
+            loss: of the last steps.
+            tokens_per_s: of the last steps.
+            mfu: share of the device's peak, where that is known.
+        """
         of = "" if total_steps is None else f"/{total_steps}"
         text = f"step {step}{of} | loss {loss:.3f}{self._held_out} | {tokens_per_s:,.0f} tokens/s"
+        if mfu is not None:
+            text += f" | MFU {mfu:.1%}"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=text, completed=step, total=total_steps)
         elif time.monotonic() >= self._next_line or step == total_steps:
