@@ -1,5 +1,6 @@
 # make evaluate   convert the embedded model, evaluate it against the original, write results/report.html
 # make test       the whole CPU test suite
+# make test-long  long tests, hours: writes benchmarks/results/reliability and docs/reliability.md
 # make check      lint, format, types, import contracts, tests
 # Each does its own set-up in .venv. On Linux the default wheel of torch brings CUDA along; for the small CPU one:
 #   make TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" test
@@ -10,14 +11,19 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 OUTPUT ?= results
 WORKERS ?= 2
+LONG ?= numerics selection gradients lengths poison causality isolation faults
 
-.PHONY: evaluate test check lint setup setup-dev clean
+.PHONY: evaluate test test-long check lint setup setup-dev clean
 
 evaluate: setup
 	$(BIN)/bsbr evaluate --output $(OUTPUT)
 
 test: setup-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+test-long: setup-dev
+	for name in $(LONG); do OMP_NUM_THREADS=1 WORKERS=$(WORKERS) $(BIN)/python -m tests.long.$$name || exit 1; done
+	$(BIN)/python -m benchmarks.reliability_page
 
 check: setup-dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)

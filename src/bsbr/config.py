@@ -1,6 +1,6 @@
 """The settings of the attention, checked when they are made."""
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal
 
 Far = Literal["moments", "mean", "drop"]
@@ -130,7 +130,7 @@ class BSBRConfig:
         Raises:
             ValueError: an unknown key, or a value out of range.
         """
-        known = {field.name for field in fields(cls)}
+        known = {name for name in cls.__dataclass_fields__ if name != "mixer"}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"unknown BSBR setting {unknown[0]!r}: expected some of {', '.join(sorted(known))}")

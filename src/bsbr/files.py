@@ -1,14 +1,23 @@
 """The one way the project writes files: whole or not at all."""
 
 import contextlib
+import errno
 import json
 import os
+import re
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bsbr.errors import UserError
+from bsbr.errors import ResourceError, UserError
+
+MANIFEST = "manifest.json"
+"""Lists the files of a folder with their SHA-256 (`bsbr.manifest`)."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_TEMPORARY = re.compile(r"\..+\.[A-Za-z0-9_]{8}\.tmp(\.\w+)?")
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> Path:
@@ -70,11 +79,117 @@ def replace_atomic(path: str | Path, write: Callable[[Path], None]) -> Path:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f'file "{path}" cannot be written: {reason}. Choose another place or free it') from error
+        raise write_error("file", path, error) from error
     return path
+
+
+@contextlib.contextmanager
+def staged_folder(folder: str | Path, marker: str = "config.json") -> Iterator[Path]:
+    """Give a block an empty folder to fill; when it ends without error the files take their places in `folder`.
+
+    For writers that make several files (`save_pretrained`). Everything is on the disk before the first file moves. A
+    folder counts as written once it holds `marker`, so that moves last; where there is one already, the manifest does,
+    so that old and new files side by side are found out. Files of other names stay.
+
+    Args:
+        folder: the target; made if missing.
+        marker: the file without which the folder counts as empty.
+    Yields:
+        The folder to fill, beside the target.
+    Raises:
+        UserError: the target cannot be written; it is as it was.
+    """
+    folder = Path(os.path.realpath(folder))
+    temporary = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
+        yield temporary
+        last = MANIFEST if (folder / marker).exists() else marker
+        files = sorted(temporary.iterdir(), key=lambda file: (file.name == last, file.name == marker, file.name))
+        for file in files:
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+            os.chmod(file, 0o666 & ~_umask())
+        _move(files, folder)
+        sync_folder(folder)
+    except OSError as error:
+        raise write_error("folder", folder, error) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move(files: list[Path], folder: Path) -> None:
+    """Move files into a folder; where one cannot be, those before it are taken back."""
+    done: list[tuple[Path, Path | None]] = []
+    try:
+        for file in files:
+            target, kept = folder / file.name, None
+            if target.exists():
+                kept = file.with_name(f"{file.name}.old")
+                os.link(target, kept)
+            os.replace(file, target)
+            done.append((target, kept))
+    except OSError:
+        for target, kept in done:
+            if kept is None:
+                target.unlink()
+            else:
+                os.replace(kept, target)
+        raise
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what writers that were killed have left in a folder and beside it. Nobody may be writing there.
+
+    Args:
+        folder: an output folder; it need not exist.
+    """
+    folder = Path(os.path.realpath(folder))
+    beside = folder.parent.glob(f".{_literal(folder.name)}.*.tmp") if folder.parent.is_dir() else ()
+    for path in [*(folder.glob(".*.tmp*") if folder.is_dir() else ()), *beside]:
+        if not _TEMPORARY.fullmatch(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder and see that files can be written there, before long work starts.
+
+    Args:
+        folder: the output folder.
+    Raises:
+        UserError: they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:  # a name that holds a zero is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f'output "{folder}": cannot be written ({reason}). Choose another folder') from error
+
+
+def write_error(what: str, path: Path, error: OSError) -> UserError:
+    """Make the error that says that something cannot be written.
+
+    Args:
+        what: "file", "folder" ...
+        path: where.
+        error: what the system said.
+    Returns:
+        A ResourceError where the disk is full, else a UserError.
+    """
+    kind = ResourceError if error.errno in _FULL else UserError
+    advice = "Free some space, or choose another place" if kind is ResourceError else "Choose another place or free it"
+    return kind(f'{what} "{path}" cannot be written: {error.strerror or error}. {advice}')
 
 
 def write_json(path: str | Path, content: Any) -> Path:
@@ -98,9 +213,18 @@ def _umask() -> int:
     return current
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a loss of power.
+
+    Args:
+        folder: what was changed.
+    """
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _literal(name: str) -> str:
+    return re.sub(r"([*?\[])", r"[\1]", name)

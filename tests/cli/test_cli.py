@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,6 +81,40 @@ def test_evaluate_writes_the_published_files_and_a_report(tiny, tmp_path, capsys
     # a second run does not replace the first by accident
     assert main(evaluate(tiny, tmp_path / "r")) == 2
     assert "--resume" in capsys.readouterr().err
+
+
+def test_a_hub_model_is_evaluated_on_wikitext_103(tiny, tmp_path, monkeypatch):
+    """The published experiment by name, with the hub and the data set played by local ones."""
+    asked = []
+
+    def load_dataset(*names, split):
+        asked.append((*names, split))
+        lines = [line + "\n" for i in range(3) for line in ("", f" = Title {i} = ", "", TEXT)]
+        return {"text": lines}
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr("bsbr.hf.loading._fetch", lambda name: tiny / "model")
+    command = evaluate(tiny, tmp_path / "r")
+    command[1] = "gpt2"
+    del command[command.index("--text") : command.index("--text") + 2]
+    assert main(command) == 0
+    assert asked == [("Salesforce/wikitext", "wikitext-103-raw-v1", "test")]
+    quality = json.loads((tmp_path / "r" / "quality_results_wikitext.json").read_text())
+    assert quality["data"]["texts"]["wikitext"]["documents"] == 3
+    assert quality["model"]["name"] == "gpt2"
+    assert quality["original_perplexity"] > 1
+
+
+def test_without_a_hub_the_published_experiment_says_what_is_missing(tiny, tmp_path, monkeypatch, capfd):
+    def load_dataset(*names, split):
+        raise ConnectionError("Couldn't reach the hub")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr("bsbr.hf.loading._fetch", lambda name: tiny / "model")
+    assert main(["evaluate", "gpt2", "--output", str(tmp_path / "r")]) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1
+    assert "bsbr evaluate embedded" in error
 
 
 def sweep(tiny, output, *more):

@@ -39,7 +39,9 @@ def test_another_protocol_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     assert path.read_bytes() == data
 
 
-@pytest.mark.parametrize("line", [b"{\n", b"[]\n", b'{"key": 3}\n', b"\xff\xfe\n"])
+@pytest.mark.parametrize(
+    "line", [b"{\n", b"[]\n", b'{"key": 3}\n', b'{"key": [9], "content": {}, "sha256": "0"}\n', b"\xff\xfe\n"]
+)
 def test_a_damaged_line_is_named(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "records.jsonl"
     path.write_bytes(filled(path) + line)

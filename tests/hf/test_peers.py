@@ -10,6 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from bsbr import convert, revert
 from bsbr.errors import UserError
 from bsbr.hf import attention_modules, build_model, count_parameters, match_parameters
+from bsbr.hf.mixers import read_settings, write_settings
 from bsbr.hf.parameters import attention_shape
 from bsbr.peers import PEERS, cost, make
 from tests.hf.families import SIZES
@@ -229,3 +230,16 @@ def test_a_copy_has_parameters_of_its_own(tokens, logits):
         attention_modules(copied)[0].bsbr.gate.mul_(2)
     assert torch.equal(logits(model, ids), before)
     assert not torch.equal(logits(copied, ids), before)
+
+
+def test_settings_are_read_inside_one_graph():
+    """A compiled model asks for them in every layer: what the compiler cannot follow there would cut it into pieces."""
+    for name in PEERS:
+        kept = write_settings(settings(name))
+
+        def width(x, kept=kept):
+            return x + len(read_settings(kept, 0)[1].mixer)
+
+        torch._dynamo.reset()
+        compiled = torch.compile(width, backend="eager", fullgraph=True)
+        assert compiled(torch.zeros(())) == len(settings(name).mixer)

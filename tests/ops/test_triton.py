@@ -136,6 +136,20 @@ def test_exact_ties_go_to_the_lower_block():
 
 
 @runs_kernels
+@pytest.mark.parametrize("better", [2, 65])
+def test_a_better_block_pushes_the_later_of_two_equal_ones_out(better):
+    """Two blocks are equal, a later one, perhaps in another tile of scores, is better: first and last are read."""
+    blocks = better + 2
+    k = torch.full((1, 16 * blocks, 1, 16), -1.0)
+    k[:, :32], k[:, 16 * better : 16 * better + 16] = 0, 1
+    q, v = torch.ones(1, 16 * blocks, 1, 16), torch.zeros(1, 16 * blocks, 1, 16)
+    v[:, :16, :, 0] = v[:, 16:32, :, 1] = v[:, 16 * better : 16 * better + 16, :, 2] = 1
+    config, start = BSBRConfig(block_size=16, top_k=2, far="drop", dense_below=0), 16 * blocks - 1
+    o = bsbr_attention(*(x.to(DEVICE) for x in (q[:, start:], k, v)), config, q_start=start, backend="triton")
+    assert (o[0, 0, 0, :3] > 0).tolist() == [True, False, True]
+
+
+@runs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=[gpu, needs_gpu])], ids=str)
 def test_no_earlier_output_changes_by_a_bit(dtype):
     config = BSBRConfig(block_size=16, top_k=1, dense_below=0)

@@ -1,11 +1,14 @@
 """Costs are those of attentions worked by hand, and of what is really kept."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 from bsbr import BSBRConfig
 from bsbr.ops.block_cache import BlockCache
-from bsbr.peers import AdditiveConfig, Shape, cost, make
+from bsbr.peers import PEERS, AdditiveConfig, Shape, cost, make
 
 SHAPE = Shape(hidden_size=64, heads=8, key_heads=2, width=16)
 PAIR = 4 * 8 * 16
@@ -86,3 +89,19 @@ def test_the_additive_form_by_hand():
 def test_others_are_refused():
     with pytest.raises(ValueError, match="no cost is known of dict"):
         cost({}, SHAPE, 4)
+
+
+def test_the_table_of_the_documentation_is_what_the_function_says():
+    page = Path(__file__).parents[2] / "docs" / "peers.md"
+    number = r" \| ([\d.,]+)"
+    rows = re.findall(rf"^\| `(\w+)`(.*?){5 * number} \|$", page.read_text(), re.MULTILINE)
+    words = {"block_size": r"blocks of (\d+)", "top_k": r"`top_k` (\d+)", "window": r"(?:of|window of) (\d+)$"}
+    assert len(rows) == len(PEERS)
+    for name, text, *shown in rows:
+        found = {key: re.search(word, text) for key, word in words.items()}
+        known = PEERS[name].config.__dataclass_fields__.keys() - PEERS[name].fixed
+        settings = {key: int(match[1]) for key, match in found.items() if match and key in known}
+        short, long = (cost(make(name, settings), Shape(512, 8, 4, 64), tokens) for tokens in (4096, 32768))
+        numbers = [f"{round(x.state_bytes / 1024):,}" for x in (short, long)]
+        numbers += [f"{x.flops_per_token / 1e6:.2f}" for x in (short, long)]
+        assert shown == [*numbers, f"{short.parameters:,}"], name

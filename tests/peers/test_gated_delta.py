@@ -79,7 +79,7 @@ def test_the_layer_is_its_parts_written_out():
 
     def convolved(x, taps):
         channels = x.flatten(2).mT
-        mixed = F.conv1d(F.pad(channels, (3, 0)), taps[:, None], groups=len(taps))
+        mixed = F.conv1d(F.pad(channels, (3, 0)), taps.flatten(0, 1)[:, None], groups=channels.shape[1])
         return F.silu(mixed).mT.unflatten(2, x.shape[2:])
 
     q, k, v = (convolved(x, wide[f"conv_{name}"]) for name, x in (("q", q), ("k", k), ("v", v)))
@@ -145,6 +145,22 @@ def test_kernels_get_what_they_ask_for(monkeypatch):
     actual = gated_delta_layer(*given, weights)
     module._fla_kernel.cache_clear()
     assert (actual - expected).square().mean().sqrt() < 0.02 * expected.square().mean().sqrt()
+
+
+def test_it_compiles_as_one_graph_with_its_gradients():
+    """From heads before tokens, as a model has them, which decides in which order gradients lie in memory."""
+    given, weights = layer_inputs(70)
+    leaves = [x.transpose(1, 2).contiguous() if x.dim() == 4 else x for x in given]
+
+    def layer(*leaves):
+        return gated_delta_layer(*(x.transpose(1, 2) if x.dim() == 4 else x for x in leaves), weights)
+
+    found = []
+    for run in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        tensors = [x.clone().requires_grad_() for x in leaves]
+        o = run(*tensors)
+        found.append([o, *torch.autograd.grad(o.square().sum(), tensors)])
+    assert all(torch.allclose(*pair, rtol=0, atol=1e-5) for pair in zip(*found, strict=True))
 
 
 def test_settings():

@@ -50,3 +50,8 @@ def test_very_negative_features_are_no_division_by_zero():
     values = v.double().repeat_interleave(2, 2)
     expected = torch.einsum("bhij,bjhd->bihd", weights / weights.sum(-1, keepdim=True), values)
     assert torch.allclose(linear_attention(q.float(), k.float(), v), expected.float(), atol=1e-4)
+
+
+def test_it_compiles_as_one_graph():
+    compiled = torch.compile(linear_attention, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(*draw(70)), linear_attention(*draw(70)))

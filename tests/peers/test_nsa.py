@@ -28,7 +28,7 @@ def defined(q, k, v, hidden, weights, settings):
     gates = (hidden @ weights["gate"].T).sigmoid().unflatten(2, (q.shape[2], 3))
     group = q.shape[2] // k.shape[2]
     o = torch.zeros_like(q)
-    pool_k, pool_v = (weights[f"pool_{name}"].unflatten(0, (k.shape[2], size)) for name in "kv")
+    pool_k, pool_v = (weights[f"pool_{name}"] for name in "kv")
 
     def softmax_attention(query, keys, values):
         return (keys @ query * scale).softmax(0) @ values

@@ -40,6 +40,11 @@ def test_memory_grows_with_the_tokens_alone():
     assert max(sizes) < 2048 * 64
 
 
+def test_it_compiles_as_one_graph():
+    compiled = torch.compile(window_attention, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(*draw(20), window=6), window_attention(*draw(20), window=6))
+
+
 def test_settings():
     assert WindowConfig.from_dict({"window": 3}).to_dict() == {"window": 3}
     for bad in (0, -1, 2.5, True, "8"):

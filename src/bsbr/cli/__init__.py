@@ -3,12 +3,18 @@
 import argparse
 import logging
 import os
+import re
 import sys
+import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from bsbr.cli import benchmark, convert, evaluate, finetune, generate, pretrain, report
+from bsbr.cli.deterministic import deterministic
 from bsbr.errors import UserError
+from bsbr.files import write_error
+from bsbr.memory import is_out_of_memory
+from bsbr.terminal import one_line
 
 COMMANDS = {
     "evaluate": evaluate,
@@ -28,33 +34,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: arguments without the program's name; None means those of the process.
     Returns:
-        The exit code: 0 done, 2 bad input, 3 out of memory, 130 interrupted. Errors are one line on standard error.
+        The exit code: 0 done, 1 a check failed (or bsbr did), 2 bad input, 3 out of memory or disk space, 130
+        interrupted. Errors and warnings are one line each on standard error.
     """
-    args = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    for word in words:
+        if re.fullmatch(r"--[a-z-]+=--", word):  # argparse would take it for no value at all, and check nothing
+            parser.error(f"argument {word[:-3]}: expected a value, got '--'")
+    args = parser.parse_args(words)
+    args.words = words
     if not hasattr(args, "run"):
-        _parser().print_help()
+        parser.print_help()
         return 0
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     for chatty in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which warns of its own wheel
         logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
-        args.run(args)
+        with deterministic(getattr(args, "deterministic", False)):
+            return args.run(args) or 0
     except KeyboardInterrupt:
         return _fail(f"interrupted. {getattr(args, 'after_interrupt', 'Nothing half-written is left')}", 130)
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (UserError, ValueError) as error:
+    except Exception as error:
         if args.debug:
             raise
-        return _fail(str(error), 2)
-    except (MemoryError, RuntimeError) as error:
-        if args.debug or not _is_out_of_memory(error):
-            raise
-        advice = getattr(
-            args, "if_out_of_memory", "Lower --lengths, --window or --documents; what was measured is kept"
-        )
-        return _fail(f"out of memory. {advice}", 3)
-    return 0
+        return _explain(error, args)
+
+
+def _explain(error: Exception, args: argparse.Namespace) -> int:
+    """Say in one line what was wrong, and return the exit code."""
+    if isinstance(error, ValueError):
+        return _fail(str(error), getattr(error, "exit_code", UserError.exit_code))
+    if is_out_of_memory(error):
+        return _fail(f"out of memory. {getattr(args, 'if_out_of_memory', 'Use a smaller model or a shorter text')}", 3)
+    if isinstance(error, OSError):
+        named = write_error("file", error.filename, error) if error.filename else None
+        return _fail(str(named or error), getattr(named, "exit_code", UserError.exit_code))
+    return _fail(f"unexpected {type(error).__name__}: {error}. Please report what --debug shows", 1)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -84,12 +108,9 @@ def _version() -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    one_line = " ".join(message.split())
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in one_line)
-    print(f"bsbr: error: {shown}", file=sys.stderr)
+    print(f"bsbr: error: {one_line(message)}", file=sys.stderr)
     return code
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"bsbr: warning: {one_line(str(message))}", file=sys.stderr)

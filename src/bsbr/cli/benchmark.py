@@ -1,15 +1,20 @@
 """`bsbr benchmark`: speed alone, on a model of real size with random weights."""
 
 import argparse
-import sys
 
 from bsbr.cli.options import add_attention_arguments, attention_config, check_device, check_output, lengths
 from bsbr.errors import UserError
+from bsbr.memory import require_memory
+from bsbr.terminal import harmless
 
 HELP = "Measure speed and memory of whole models against the original and an attention-free floor."
 
 SHAPES = ("gpt2-shape",)
 """Models by name: GPT-2's real size (124 M parameters) with random weights, positions extended."""
+
+
+_WIDTH, _WIDTHS = 768, 160_000
+"""GPT-2's width, and how many vectors of it the model without its positions holds."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +41,11 @@ def run(args: argparse.Namespace) -> None:
     if args.repeats < 2:
         raise UserError(f"--repeats {args.repeats}: must be at least 2, or there is no spread")
     output = check_output(args.output, "records.jsonl", resume=args.resume, overwrite=args.overwrite)
+    args.if_out_of_memory = "Lower --lengths and start anew; what was measured is kept"
     args.after_interrupt = "Go on with the same command and --resume"
     check_device(args.device)
+    need = 4 * _WIDTH * (_WIDTHS + args.lengths[-1])
+    require_memory(need, f"a model with {args.lengths[-1]} positions", "Lower --lengths")
 
     from dataclasses import replace
 
@@ -73,9 +81,9 @@ def run(args: argparse.Namespace) -> None:
     )
     summary = run_suite(
         original, None, variants, {}, config, output, args.resume,
-        name=args.model, command=sys.argv[1:], console=Console(stderr=True),
+        name=args.model, command=args.words, console=Console(stderr=True),
     )  # fmt: skip
     render(output)
     for table in summary_tables(summary):
         Console().print(table)
-    print(f"report: {output / 'report.html'}   summary: {output / 'summary.md'}")
+    print(harmless(f"report: {output / 'report.html'}   summary: {output / 'summary.md'}"))

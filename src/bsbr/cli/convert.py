@@ -5,6 +5,7 @@ import argparse
 from bsbr.cli.options import add_attention_arguments, attention_config, check_output
 from bsbr.config import BSBRConfig
 from bsbr.data.embedded import EMBEDDED
+from bsbr.terminal import harmless
 
 HELP = "Convert a pretrained causal language model, calibrate it and save it."
 
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Convert, calibrate, save."""
+    args.if_out_of_memory = "Use --calibrate none, a smaller --max-length or a smaller model"
     config = attention_config(args)
     output = check_output(args.output, "config.json", resume=False, overwrite=args.overwrite)
     from bsbr.cli.models import load, read_calibration_text, save
@@ -35,7 +37,8 @@ def run(args: argparse.Namespace) -> None:
     if text is not None and config.far != "drop":
         calibrate(converted, text, tokenizer=tokenizer, seed=args.seed, progress=True)
     save(converted, tokenizer, output)
-    print(f"saved {converted.config.model_type} in {output}; load it with AutoModelForCausalLM after `import bsbr`")
+    kind = converted.config.model_type
+    print(harmless(f"saved {kind} in {output}; load it with AutoModelForCausalLM after `import bsbr`"))
 
 
 def _layers(text: str) -> list[int]:

@@ -1,16 +1,17 @@
 """`bsbr evaluate`: what conversion costs and gains, against the original."""
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bsbr.cli.deterministic import add_deterministic_argument
 from bsbr.cli.options import add_attention_arguments, attention_config, check_device, check_output, lengths
 from bsbr.cli.sweep import LEFT_OUT, add_sweep_arguments, run_sweep_command
 from bsbr.config import BSBRConfig
 from bsbr.data.embedded import EMBEDDED
 from bsbr.errors import UserError
+from bsbr.terminal import harmless
 
 HELP = "Convert a model, measure speed, scaling, perplexity, similarity and agreement against the original, report."
 
@@ -32,25 +33,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of calibration, random tokens and resampling")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run in the output folder")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in the output folder")
+    parser.add_argument(
+        "--replay", metavar="FILE", help="repeat the run that made a result file and compare each digit"
+    )
+    add_deterministic_argument(parser)
     add_attention_arguments(parser, top_k=LEFT_OUT["top_k"])
     add_sweep_arguments(parser)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Evaluate and report."""
+def run(args: argparse.Namespace) -> int:
+    """Evaluate and report; the exit code, where a replay gives one."""
+    if args.replay is not None:
+        return _replay(args)
     attention = attention_config(args)
     if args.repeats < 2:
         raise UserError(f"--repeats {args.repeats}: must be at least 2, or there is no spread")
+    args.if_out_of_memory = "Lower --lengths, --window or --documents and start anew; what was measured is kept"
     args.after_interrupt = f"Go on with: bsbr {' '.join(_command(args))} --resume"
     if args.sweep:
         run_sweep_command(args, _command(args))
-        return
+        return 0
     output = check_output(args.output, "records.jsonl", resume=args.resume, overwrite=args.overwrite)
     check_device(args.device)
 
     from rich.console import Console
 
-    from bsbr.cli.models import load, read_evaluation_texts
+    from bsbr.cli.models import load_with_texts
     from bsbr.evaluation.settings import SuiteConfig
     from bsbr.evaluation.speed import SpeedSettings
     from bsbr.evaluation.suite import run_suite
@@ -59,8 +67,7 @@ def run(args: argparse.Namespace) -> None:
     from bsbr.report import render
 
     console = Console(stderr=True)
-    texts = read_evaluation_texts(args.text, args.model)
-    original, tokenizer = load(args.model, args.dtype, args.device)
+    original, tokenizer, texts = load_with_texts(args.model, args.text, args.dtype, args.device)
     trained = max_positions(original)
     if args.max_length:
         original = extend_positions(original, args.max_length)
@@ -74,6 +81,10 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
         device=args.device,
     )
+    if positions is not None and config.window > positions:  # said before anything is calibrated
+        raise UserError(
+            f"--window {config.window}: the model has {positions} positions. Lower it, or extend them with --max-length"
+        )
     variants = make_variants(original, tokenizer, attention, args)
     summary = run_suite(
         original, tokenizer, variants, texts, config, output, args.resume,
@@ -82,7 +93,17 @@ def run(args: argparse.Namespace) -> None:
     render(output)
     for table in summary_tables(summary):
         Console().print(table)
-    print(f"report: {output / 'report.html'}   summary: {output / 'summary.md'}")
+    print(harmless(f"report: {output / 'report.html'}   summary: {output / 'summary.md'}"))
+    return 0
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from bsbr.cli.replay import replay, run_options
+
+    given = [word for word in args.words if word not in ("--debug", args.replay)]
+    if given not in (["evaluate", "--replay"], ["evaluate", f"--replay={args.replay}"]):
+        raise UserError("--replay: takes its options from the file. Leave all others out")
+    return replay(args.replay, lambda words: run(run_options(words, add_arguments)))
 
 
 def make_variants(original: Any, tokenizer: Any, attention: BSBRConfig, args: argparse.Namespace) -> dict[str, Any]:
@@ -151,5 +172,5 @@ def _within(wanted: tuple[int, ...], positions: int | None) -> tuple[int, ...]:
 def _command(args: argparse.Namespace) -> list[str]:
     """The arguments that repeat this run, without what concerns this machine's folders."""
     skip = {"--resume", "--overwrite", "--debug"}
-    words = [word for word in sys.argv[1:] if word not in skip]
+    words = [word for word in args.words if word not in skip]
     return [Path(word).name if Path(word).is_absolute() else word for word in words]

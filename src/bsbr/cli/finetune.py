@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from bsbr.cli.deterministic import add_deterministic_argument
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -32,24 +34,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-to", nargs="*", default=[], metavar="NAME", help="tensorboard, trackio ...")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    add_deterministic_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Train, save, show."""
     args.after_interrupt = "Go on with the same command and --resume"
-    from rich.console import Console
-
-    from bsbr.cli.models import load, read_calibration_text, save
-    from bsbr.cli.options import check_device, check_output
-    from bsbr.data.text import read_text
-    from bsbr.report.plots.finetuning import draw_finetuning
-    from bsbr.training.finetune import finetune
+    args.if_out_of_memory = "Lower --length or --batch-windows, or add --gradient-checkpointing; then --resume"
     from bsbr.training.finetune_recipe import FinetuneConfig
 
     config = FinetuneConfig(
         gradient_checkpointing=args.gradient_checkpointing, **{name: getattr(args, name) for name in FIELDS}
     )
-    output = check_output(args.output, "finetune.json", resume=False, overwrite=False)
+    from rich.console import Console
+
+    from bsbr.cli.models import load, read_calibration_text, save
+    from bsbr.cli.options import check_device, check_output
+    from bsbr.data.text import read_text
+    from bsbr.files import write_atomic
+    from bsbr.report.plots.finetuning import draw_finetuning
+    from bsbr.terminal import harmless
+    from bsbr.training.finetune import finetune
+
+    output = check_output(args.output, "finetune.json", resume=args.resume, overwrite=False)
     model, tokenizer = load(args.model, device=str(_device(args.device, check_device)))
     text = read_calibration_text(args.text) or ""
     held_out = None if args.val is None else read_text(args.val)
@@ -58,9 +65,9 @@ def run(args: argparse.Namespace) -> None:
         report_to=args.log_to,
     )  # fmt: skip
     save(trained.cpu(), tokenizer, output)
-    (output / "finetune.png").write_bytes(draw_finetuning(record))
+    write_atomic(output / "finetune.png", draw_finetuning(record))
     Console().print(summary(record))
-    print(f"saved in {output}; finetune.png shows quality against tokens")
+    print(harmless(f"saved in {output}; finetune.png shows quality against tokens"))
 
 
 def summary(record: dict[str, Any]) -> "Table":

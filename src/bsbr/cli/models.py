@@ -1,7 +1,5 @@
 """Models and texts by the names users give them."""
 
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +7,7 @@ from bsbr.data.embedded import EMBEDDED, EMBEDDED_MODEL, calibration_text, evalu
 from bsbr.data.text import read_documents, read_text
 from bsbr.errors import UserError
 from bsbr.hf.loading import load_model, load_tokenizer
+from bsbr.hf.saving import save_whole
 
 
 def load(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[Any, Any]:
@@ -45,32 +44,39 @@ def read_calibration_text(name: str) -> str | None:
     return calibration_text() if name == EMBEDDED else read_text(name)
 
 
-def read_evaluation_texts(files: list[str] | None, model: str) -> dict[str, list[str]]:
-    """Return the texts to evaluate on.
+def load_with_texts(
+    name: str, files: list[str] | None, dtype: str = "float32", device: str = "cpu"
+) -> tuple[Any, Any, dict[str, list[str]]]:
+    """Load a model, its tokenizer and the texts to evaluate on; files are read first, as they fail faster.
 
-    The published experiment read WikiText-103; a hub model without --text does too, through `datasets`.
+    The published experiment read WikiText-103; a hub model without files does too, through `datasets`.
 
     Args:
+        name: the model's, as for `load`.
         files: text files, or None.
-        model: the model's name as the user gave it.
+        dtype: as for `load`.
+        device: as for `load`.
     Returns:
-        Name of each text to its documents.
+        The model in eval mode, the tokenizer, and name of each text to its documents.
     Raises:
-        UserError: a file cannot be read, or the data set cannot be had.
+        UserError: a file cannot be read, the model cannot be loaded, or the data set cannot be had.
     """
-    if files:
-        return {Path(file).name.split(".")[0]: read_documents(file) for file in files}
-    if model == EMBEDDED or Path(model).is_dir():
-        return evaluation_texts()
-    return {"wikitext": _wikitext_103()}
+    texts = {Path(file).name.split(".")[0]: read_documents(file) for file in files or ()}
+    model, tokenizer = load(name, dtype, device)
+    if not texts:
+        stays_here = name == EMBEDDED or Path(name).is_dir()
+        texts = evaluation_texts() if stays_here else {"wikitext": _wikitext_103()}
+    return model, tokenizer, texts
 
 
 def _wikitext_103() -> list[str]:
     advice = "Give --text FILE, or run: bsbr evaluate embedded"
     try:
         from datasets import load_dataset
+        from huggingface_hub.utils import logging
     except ImportError:
         raise UserError(f"WikiText-103 needs the package datasets: pip install 'bsbr[datasets]'. {advice}") from None
+    logging.set_verbosity_error()  # each failed try would be a line
     try:
         lines = load_dataset("Salesforce/wikitext", "wikitext-103-raw-v1", split="test")["text"]
     except Exception as error:  # whatever the hub, the network or the cache raise: the user needs one line
@@ -90,13 +96,9 @@ def save(model: Any, tokenizer: Any, output: Path) -> None:
     Raises:
         UserError: the folder cannot be written.
     """
-    temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
-    try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):  # config.json last
-            file.replace(output / file.name)
-    except OSError as error:
-        raise UserError(f'output "{output}": cannot be written ({error.strerror or error})') from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    save_whole(output, write)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from bsbr.config import BSBRConfig
 from bsbr.errors import UserError
+from bsbr.files import check_writable, remove_temporaries
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +97,7 @@ def check_device(name: str) -> "torch.device":
 
 
 def check_output(folder: str, marker: str, *, resume: bool, overwrite: bool) -> Path:
-    """Check that an output folder can be written before long work starts.
+    """Check that an output folder can be written before long work starts, and clear what a killed run left there.
 
     Args:
         folder: the folder; made if missing.
@@ -113,12 +114,6 @@ def check_output(folder: str, marker: str, *, resume: bool, overwrite: bool) -> 
         raise UserError(f'output "{folder}": is a file. Choose a folder')
     if (path / marker).exists() and not resume and not overwrite:
         raise UserError(f'output "{folder}": holds an earlier run. Add --resume, --overwrite or choose another')
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".bsbr-probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f'output "{folder}": cannot be written ({reason}). Choose another folder') from error
+    check_writable(path)
+    remove_temporaries(path)
     return path

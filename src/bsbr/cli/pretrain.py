@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 from typing import Any
 
+from bsbr.cli.deterministic import add_deterministic_argument
+
 HELP = "Train a causal language model from random weights, on a text or a synthetic task, with any attention."
 
 FIELDS = (
@@ -46,12 +48,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-to", nargs="*", default=[], choices=["tensorboard"], help="where else the curves go")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
+    add_deterministic_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Train, save, draw the report."""
     args.after_interrupt = "Go on with the same command and --resume"
-    args.if_out_of_memory = "Raise --accumulation; what was trained up to the last checkpoint is kept"
+    args.if_out_of_memory = (
+        "Raise --accumulation, or lower --batch-tokens, --context, --hidden, --layers or --vocab; "
+        "what was trained up to the last checkpoint is kept"
+    )
     from bsbr.report.pretraining import render_pretraining
     from bsbr.training.build import parse_attention
     from bsbr.training.pretrain import PretrainConfig, run_pretrain

@@ -15,9 +15,10 @@ def run(args: argparse.Namespace) -> None:
     """Write the report."""
     from bsbr.report import render
     from bsbr.report.pretraining import RECORD, render_pretraining
+    from bsbr.terminal import harmless
 
     if (Path(args.results) / RECORD).is_file():
-        print(render_pretraining(args.results))
+        print(harmless(str(render_pretraining(args.results))))
         return
     for path in render(args.results):
-        print(path)
+        print(harmless(str(path)))

@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import TextStreamer
 
+from bsbr.terminal import harmless
+
 
 class TerminalStreamer(TextStreamer):
     """Prints what a model writes to standard output as soon as a word is whole, without the prompt.
@@ -29,18 +31,3 @@ class TerminalStreamer(TextStreamer):
         """Print a piece of text."""
         sys.stdout.write(harmless(text) + ("\n" if stream_end else ""))
         sys.stdout.flush()
-
-
-def harmless(text: str) -> str:
-    r"""Write control characters out, line ends and tabs excepted.
-
-    Args:
-        text: from a model.
-    Returns:
-        Text that moves no cursor and sets no colours.
-
-    Example:
-        >>> harmless("a\x1b[31mb\n")
-        'a\\x1b[31mb\n'
-    """
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

@@ -5,6 +5,7 @@ from typing import Any
 
 from bsbr.cli.options import attention_config, check_device, check_output, lengths
 from bsbr.errors import UserError
+from bsbr.terminal import harmless
 
 LEFT_OUT: dict[str, Any] = {
     "top_k": 2,
@@ -53,7 +54,7 @@ def run_sweep_command(args: argparse.Namespace, command: list[str]) -> None:
 
     from rich.console import Console
 
-    from bsbr.cli.models import load, read_calibration_text, read_evaluation_texts
+    from bsbr.cli.models import load_with_texts, read_calibration_text
     from bsbr.data.text import text_digest
     from bsbr.evaluation.speed import SpeedSettings
     from bsbr.evaluation.sweep import run_sweep
@@ -64,9 +65,8 @@ def run_sweep_command(args: argparse.Namespace, command: list[str]) -> None:
     from bsbr.training.calibrate import calibrate
 
     attention = replace(attention_config(args), top_k=1, retrieval_block_size=None, dense_below=0)
-    texts = read_evaluation_texts(args.text, args.model)
     text = read_calibration_text(args.calibrate)
-    original, tokenizer = load(args.model, args.dtype, args.device)
+    original, tokenizer, texts = load_with_texts(args.model, args.text, args.dtype, args.device)
     config = SweepConfig(
         attention=attention,
         budgets=args.budgets,
@@ -92,4 +92,4 @@ def run_sweep_command(args: argparse.Namespace, command: list[str]) -> None:
     render(output)
     for table in sweep_tables(content):
         Console().print(table)
-    print(f"report: {output / 'report.html'}   summary: {output / 'summary.md'}")
+    print(harmless(f"report: {output / 'report.html'}   summary: {output / 'summary.md'}"))

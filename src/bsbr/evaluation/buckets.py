@@ -107,12 +107,11 @@ def sum_by_bucket(values: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> 
         >>> sum_by_bucket({"kl": torch.tensor([1.0, 2.0])}, {"all": torch.tensor([True, True])})
         {'all': {'n': 2, 'kl': 3.0}}
     """
-    names = list(values)
-    table = torch.stack([values[name].double() for name in names], dim=1)  # [T, metrics]
     result: dict[str, dict[str, float]] = {}
     for bucket, mask in masks.items():
         n = int(mask.sum())
         if n:
-            sums = table[mask].sum(0).tolist()
-            result[bucket] = {"n": n, **dict(zip(names, sums, strict=True))}
+            # One vector at a time: columns of one table are summed in an order that depends on how many there are.
+            sums = {name: float(vector[mask].double().sum()) for name, vector in values.items()}
+            result[bucket] = {"n": n, **sums}
     return result

@@ -6,6 +6,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -14,6 +15,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from bsbr.terminal import harmless
 
 
 class EvaluationProgress:
@@ -65,7 +68,8 @@ class EvaluationProgress:
             part: of the run: "speed", or a text's name.
             detail: within the part.
         """
-        self._bar.update(self._task, description=f"{part}: {detail}")
+        part, detail = harmless(part), harmless(detail)
+        self._bar.update(self._task, description=escape(f"{part}: {detail}"))
         # Where no bar can be drawn (a log file), a line for each part is what shows progress.
         if self._console is not None and not self._console.is_terminal and part != self._part:
             self.say(f"Measuring {part} ({self._bar.tasks[0].percentage:.0f} % done)")
@@ -86,7 +90,7 @@ class EvaluationProgress:
             text: a line.
         """
         if self._console is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
+            self._bar.console.print(harmless(text), markup=False, highlight=False)
 
     def check(self) -> None:
         """Stop here if Ctrl-C was pressed.

@@ -15,7 +15,7 @@ from bsbr.errors import UserError
 from bsbr.files import write_atomic
 
 SCHEMA = "bsbr.records"
-VERSION = 1
+VERSION = 2
 
 
 def digest(*parts: Any) -> str:
@@ -64,7 +64,8 @@ class RecordStore:
     """An append-only file of measurements, keyed, that a later run of the same protocol can go on from.
 
     The first line names the protocol digest; every other line is one record with its key. Each line is handed
-    to the system in one write, so a kill leaves at most a torn last line, which the next run drops.
+    to the system in one write, so a kill leaves at most a torn last line, which the next run drops. Each record has the
+    SHA-256 of itself, so that a damaged one is not taken up.
 
     Args:
         path: the file, made with its folder if missing.
@@ -133,7 +134,9 @@ class RecordStore:
         name = _key(key)
         if name in self._records:
             raise ValueError(f"record {name} is already kept: each item is measured once")
-        line = json.dumps({"key": list(key), "content": content}, sort_keys=True, allow_nan=False) + "\n"
+        # Digested and kept as a later run would read it, so that resuming cannot change a digit or an order.
+        made = json.loads(json.dumps({"key": list(key), "content": content}, allow_nan=False))
+        line = json.dumps(made | {"sha256": digest(made)}, sort_keys=True, allow_nan=False) + "\n"
         data = line.encode()
         try:
             while data:
@@ -143,8 +146,7 @@ class RecordStore:
                 f'records "{self.path.name}" cannot be written: {error.strerror or error}. '
                 "Free some space, then go on with --resume"
             ) from error
-        # Kept as a later run would read it, so that resuming cannot change a digit or an order.
-        self._records[name] = json.loads(line)["content"]
+        self._records[name] = made["content"]
 
     def close(self) -> None:
         """Flush to the disk and close; a second call does nothing."""
@@ -165,6 +167,8 @@ class RecordStore:
                 entry = json.loads(line)
                 if number == 1:
                     self._check(entry["schema"], entry["protocol"], protocol)
+                elif entry.pop("sha256") != digest(entry):
+                    raise ValueError("a value was changed")
                 else:
                     self._records[_key(tuple(entry["key"]))] = entry["content"]
             except (ValueError, KeyError, TypeError) as error:

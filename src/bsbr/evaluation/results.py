@@ -39,6 +39,12 @@ SIMILARITY = "similarity_metrics.json"
 AGREEMENT = "agreement_rates.json"
 RESULT_FILES = (SPEED, EXPONENTS, PERPLEXITY, SIMILARITY, AGREEMENT)
 
+_OF_THE_RUN = (
+    "original", "bsbr", "command", "machine", "original_exponent", "bsbr_exponent", "speedup_at_max_length", "digest",
+    "run", "timing",
+)  # fmt: skip
+"""Top-level keys that differ between two runs of the same thing, or that depend on the digest."""
+
 _HEADLINE = (
     (AGREEMENT, ("top1_agreement", "overlap@5", "kl", "kl_p99")),
     (PERPLEXITY, ("perplexity", "ppl_ratio", "bits_per_byte")),
@@ -125,7 +131,7 @@ def result_files(run: Run, store: RecordStore, *, seconds: float) -> dict[str, d
     for name, content in contents.items():
         if content["rows"]:
             file = top | content | {"progress": {"done": len(run.planned) - len(missing), "planned": len(run.planned)}}
-            file["digest"] = _file_digest(file)
+            file["digest"] = content_digest(file)
             files[name] = file | {"run": {"seconds": round(seconds, 1), "resumed_records": store.resumed}}
     return files
 
@@ -255,8 +261,13 @@ def _config(run: Run) -> dict[str, Any]:
     }
 
 
-def _file_digest(file: Mapping[str, Any]) -> str:
-    kept = {key: value for key, value in file.items() if key not in ("original", "bsbr", "command", "machine")}
+def content_digest(file: Mapping[str, Any]) -> str:
+    """SHA-256 of what two runs of the same thing have in common: all but times, machine and command.
+
+    Args:
+        file: content of a result file, as it is made or as it was read.
+    Returns:
+        64 hexadecimal digits, as in its key "digest".
+    """
     rows = [entry for entry in file["rows"] if not entry.get("volatile")]
-    volatile = ("original_exponent", "bsbr_exponent", "speedup_at_max_length")
-    return digest({key: value for key, value in kept.items() if key not in volatile} | {"rows": rows})
+    return digest({key: value for key, value in file.items() if key not in _OF_THE_RUN} | {"rows": rows})

@@ -22,7 +22,7 @@ from bsbr.evaluation.windows import Document
 from bsbr.files import write_json
 
 RECORDS = "records.jsonl"
-SCORING_VERSION = 1
+SCORING_VERSION = 2
 
 Model = Any
 Variant = Model | Callable[[], Model]

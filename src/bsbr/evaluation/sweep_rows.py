@@ -8,7 +8,8 @@ import numpy as np
 
 from bsbr.evaluation.provenance import header
 from bsbr.evaluation.quality import ORIGINAL
-from bsbr.evaluation.records import RecordStore, digest
+from bsbr.evaluation.records import RecordStore
+from bsbr.evaluation.results import content_digest
 from bsbr.evaluation.rows import row
 from bsbr.evaluation.speed import speedup_estimate, time_estimate
 from bsbr.evaluation.statistics import paired_bootstrap, ratio_mean, transformed
@@ -51,11 +52,9 @@ def sweep_file(sweep: Sweep, store: RecordStore, about: Mapping[str, Any], *, se
         dtype=about["dtype"],
     )  # fmt: skip
     file = top | {"rows": rows, "progress": {"done": len(sweep.work) - missing, "planned": len(sweep.work)}}
-    stable = {key: value for key, value in file.items() if key not in ("command", "machine")}
-    stable["rows"] = [entry for entry in rows if not entry.get("volatile")]
     samples = {str(length): store.get(key) for length in config.lengths if (key := ("time", length)) in store}
     return file | {
-        "digest": digest(stable),
+        "digest": content_digest(file),
         "timing": samples,
         "run": {"seconds": round(seconds, 1), "resumed_records": store.resumed},
     }

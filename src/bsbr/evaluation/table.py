@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
+
+from bsbr.terminal import harmless
 
 _QUALITY = (
     ("top1_agreement", "same top-1 \N{UPWARDS ARROW}", lambda value: f"{100 * value:.2f} %"),
@@ -44,7 +47,7 @@ def _quality_table(text: str, variants: Mapping[str, Mapping[str, float]], posit
         table.add_column(head, justify="right")
     for name, figures in sorted(variants.items(), key=lambda item: item[0] != "original"):
         cells = [write(figures[metric]) if metric in figures else _ABSENT for metric, _, write in _QUALITY]
-        table.add_row(name, *cells, style=_style(name))
+        table.add_row(_text(name), *cells, style=_style(name))
     return table
 
 
@@ -59,7 +62,7 @@ def _speed_table(speedups: Mapping[str, Mapping[int, float]], exponents: Mapping
         cells = _cells(by_length, lengths)
         if exponents:
             cells.append(f"{exponents[name]:.2f}" if name in exponents else _ABSENT)
-        table.add_row(name, *cells, style=_style(name))
+        table.add_row(_text(name), *cells, style=_style(name))
     return table
 
 
@@ -68,9 +71,14 @@ def _cells(by_length: Mapping[int, float], lengths: Sequence[int]) -> list[str]:
 
 
 def _new_table(title: str) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=_text(title), title_justify="left")
     table.add_column("model", no_wrap=True, min_width=14)
     return table
+
+
+def _text(foreign: str) -> Text:
+    """Text that rich takes for no markup, and a terminal for no command."""
+    return Text(harmless(foreign))
 
 
 def _style(name: str) -> str | None:

@@ -1,33 +1,33 @@
 """Models and tokenizers from a folder or the hub; whatever is wrong with them is said in one line."""
 
-import json
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bsbr.errors import UserError
 from bsbr.hf.families import NAME, PREFIX, stock_classes
+from bsbr.hf.model_files import check_sizes, check_weights, in_one_line, read_config
 from bsbr.hf.modeling import check_missing, derive
+from bsbr.manifest import check_manifest
+from bsbr.memory import is_out_of_memory, require_memory
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 """What is fetched from the hub: never pickles, never code."""
 
 _UNUSABLE = (
-    OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, SafetensorError,
-    StrictDataclassError,
+    OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError,
+    ImportError, SafetensorError, StrictDataclassError,
 )  # fmt: skip
 """What families raise where a config makes no sense or contradicts the weights, each in its own way."""
 
-_INSTEAD = "give a folder with a model in it, or no model at all to use the embedded one"
+_INSTEAD = "give a folder with a model in it, or try the one that comes along: bsbr evaluate embedded"
 
 
 def load_model(name_or_path: str | Path, dtype: str = "float32", device: str | torch.device = "cpu") -> PreTrainedModel:
@@ -47,28 +47,40 @@ def load_model(name_or_path: str | Path, dtype: str = "float32", device: str | t
     if dtype not in _DTYPES:
         raise UserError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     folder = _folder(name_or_path)
-    family = _check_config(folder)
-    _check_weights(folder)
+    config = read_config(folder)
+    family = config["model_type"]
+    weights = check_weights(folder)
+    check_sizes(folder, config, weights)
+    require_memory(
+        weights.elements * _DTYPES[dtype].itemsize, f'model "{name_or_path}"', "Use --dtype bfloat16 or a smaller model"
+    )
     if family.startswith(PREFIX):
         derive(family.removeprefix(PREFIX))
     if family not in CONFIG_MAPPING:
         raise UserError(f'model "{name_or_path}": type {family} is not known to transformers. Try a newer transformers')
     if stock_classes(family) is None:
         raise UserError(f'model "{name_or_path}": type {family} is not a causal language model')
+    if not family.startswith(PREFIX):  # those check their folder themselves, however they are loaded
+        check_manifest(folder)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=_DTYPES[dtype], local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
+            folder, dtype=_DTYPES[dtype], local_files_only=True, use_safetensors=True, output_loading_info=True,
+            trust_remote_code=False,
+        )  # fmt: skip
     except UserError:
         raise
     except _UNUSABLE as error:
-        _refuse(name_or_path, f"cannot be loaded ({_in_one_line(error)}). Copy the folder again", error)
+        if is_out_of_memory(error):
+            raise
+        _refuse(name_or_path, f"cannot be loaded ({in_one_line(error)}). Copy the folder again", error)
     model, info = loaded
     check_missing(name_or_path, {name for name in info["missing_keys"] if f".{NAME}." not in name})
     try:
         return model.to(device).eval()
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device} cannot be used ({_in_one_line(error)}). Try cpu") from error
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"device {device} cannot be used ({in_one_line(error)}). Try cpu") from error
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
@@ -85,9 +97,9 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
         raise UserError(f'tokenizer "{name_or_path}": tokenizer.json missing. Save the tokenizer beside the model')
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-        _refuse(name_or_path, f"has a tokenizer that cannot be read ({_in_one_line(error)}). Copy it again", error)
+        _refuse(name_or_path, f"has a tokenizer that cannot be read ({in_one_line(error)}). Copy it again", error)
 
 
 def _folder(name_or_path: str | Path) -> Path:
@@ -124,59 +136,6 @@ def _fetch(name: str) -> Path:
         _refuse(name, f"is neither a folder here nor on the hub: {_INSTEAD}", error)
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         _refuse(name, f"is no folder, was not fetched before, and the hub cannot be reached: {_INSTEAD}", error)
-
-
-def _check_config(folder: Path) -> str:
-    """Return the model type that a folder's config names."""
-    config = _read_json(folder, "config.json", "it is not a model that save_pretrained wrote")
-    family = config.get("model_type")
-    if "auto_map" in config and family not in CONFIG_MAPPING and not str(family).startswith(PREFIX):
-        raise UserError(f'model "{folder}" needs code of its own ({family}), which is refused: use a stock model')
-    if not isinstance(family, str):
-        raise UserError(f'model "{folder}": config.json names no model_type. Copy the folder again')
-    return family
-
-
-def _check_weights(folder: Path) -> None:
-    """Refuse weights that are absent, pickled, or cut short, before anything is built from them."""
-    if (folder / _INDEX).is_file():
-        index = _read_json(folder, _INDEX, "")
-        shards = sorted(set(index.get("weight_map", {}).values()))
-    else:
-        shards = [_WEIGHTS]
-    if not (folder / shards[0]).is_file() if shards else True:
-        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-            raise UserError(
-                f'model "{folder}" has pickled weights, which can run code and are refused: save it as safetensors'
-            )
-        raise UserError(f'model "{folder}": {shards[0] if shards else _WEIGHTS} missing. Copy the folder again')
-    for shard in shards:
-        try:
-            with safe_open(folder / shard, framework="pt") as file:
-                file.keys()
-        except FileNotFoundError as error:
-            raise UserError(f'model "{folder}": {shard} missing. Copy the folder again') from error
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f'model "{folder}": {shard} is damaged ({_in_one_line(error)}). Copy the folder again'
-            ) from error
-
-
-def _read_json(folder: Path, name: str, otherwise: str) -> dict[str, Any]:
-    path = folder / name
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise UserError(f'model "{folder}": {name} missing, {otherwise}. Check the path') from error
-    except (OSError, ValueError) as error:
-        raise UserError(f'model "{folder}": {name} cannot be read ({_in_one_line(error)}). Copy it again') from error
-    if not isinstance(content, dict):
-        raise UserError(f'model "{folder}": {name} must hold a JSON object. Copy the folder again')
-    return content
-
-
-def _in_one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _refuse(name: str | Path, reason: str, error: BaseException) -> NoReturn:

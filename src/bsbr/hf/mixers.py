@@ -137,7 +137,6 @@ def is_converted(config: Any, layer: int) -> bool:
     return layer in layers
 
 
-@torch.compiler.assume_constant_result  # the settings of a dataclass are no graph
 @lru_cache(maxsize=256)  # called by every layer at every step
 def _read(items: tuple[tuple[str, Any], ...], layer: int | None) -> tuple[Mixer, Any]:
     values = dict(items)

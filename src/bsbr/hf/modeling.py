@@ -18,7 +18,9 @@ from bsbr.hf.mixers import is_converted, read_settings, write_settings
 from bsbr.hf.parameters import MixerParameters, keep_hidden
 from bsbr.hf.positions import guard_positions
 from bsbr.hf.remote import name_classes, write_module
+from bsbr.hf.saving import save_whole
 from bsbr.hf.sharing import remove_hook
+from bsbr.manifest import check_manifest
 
 FAMILIES = (
     "gpt2", "llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "gpt_neox", "opt", "phi", "phi3", "gemma",
@@ -53,11 +55,14 @@ class BSBRModelMixin:
 
     @classmethod
     def from_pretrained(cls, source: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """Load as transformers does, and refuse a folder in which weights are missing.
+        """Load as transformers does, and refuse a folder in which weights are missing or damaged.
 
         Raises:
-            UserError: weights of the family are missing, or part of the mixer's.
+            UserError: weights of the family are missing, or part of the mixer's; or a folder differs from its manifest.
         """
+        folder = Path(source, kwargs.get("subfolder") or "")
+        if folder.is_dir():
+            check_manifest(folder)
         model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         ours = {name for name, _ in model.named_parameters() if f".{NAME}." in name}
         missing = set(info["missing_keys"])
@@ -65,12 +70,21 @@ class BSBRModelMixin:
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
-        """Save as transformers does, with a module that leads `trust_remote_code=True` to bsbr."""
+        """Save as transformers does, but all or nothing, with a manifest, and with a module that leads
+        `trust_remote_code=True` to bsbr."""
         name = type(self).__name__
         name_classes(self.config, name)
-        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
-        if is_main_process and Path(save_directory).is_dir():
-            write_module(Path(save_directory), self.config, name)
+
+        def write(folder: Path) -> None:
+            super(BSBRModelMixin, self).save_pretrained(folder, is_main_process, *args, **kwargs)  # type: ignore[misc]
+            if is_main_process and (folder / "config.json").is_file():
+                write_module(folder, self.config, name)
+
+        # pushing and distributed checkpoints need the very folder
+        if any(args[1:2]) or any(kwargs.get(key) for key in ("push_to_hub", "distributed_checkpoint")):
+            write(Path(save_directory))
+        else:
+            save_whole(save_directory, write)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from bsbr.errors import UserError
 from bsbr.hf.families import PREFIX
 from bsbr.hf.sharing import remove_hook, share
+from bsbr.memory import require_memory
 
 Method = Literal["interpolate", "tile", "linear", "dynamic", "yarn"]
 
@@ -103,6 +104,8 @@ def extend_positions(
         embedding, offset = found
         weight = embedding.weight.detach()
         known = weight[offset:].float()
+        need = max_length * known.shape[1] * (known.element_size() + weight.element_size())
+        require_memory(need, f"positions for {max_length} tokens", "Use a smaller --max-length")
         rows = _METHODS[method](known, max_length).to(weight.dtype)
         # the module is this copy's own: only its weight was shared
         embedding.weight = nn.Parameter(torch.cat([weight[:offset], rows]), embedding.weight.requires_grad)

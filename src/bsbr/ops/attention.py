@@ -51,7 +51,10 @@ def resolve_backend(
     on_gpu = q.is_cuda if backend == "auto" else backend == "triton"  # interpreted kernels are for those who ask
     name, best = ("triton", "the fastest on a GPU") if on_gpu else ("native", "the fastest on a CPU")
     of_call = (q, k, v, config, q_start, dropout_p)
-    if on_gpu:
+    obstacle: str | None
+    if on_gpu and torch.is_grad_enabled() and torch.are_deterministic_algorithms_enabled():
+        obstacle = "the kernels add gradients in no fixed order"
+    elif on_gpu:
         obstacle = "the kernels have no sinks" if sinks is not None else why_not_triton(*of_call)
     else:
         obstacle = why_not_native(q, config, dropout_p)

@@ -66,9 +66,9 @@ def gated_delta_weights(shape: Shape, generator: torch.Generator) -> dict[str, T
         "decay": uniform(key_heads, hidden),
         "step": step + torch.log(-torch.expm1(-step)),  # the inverse of softplus
         "rate": torch.log(1 + 15 * torch.rand(key_heads, generator=generator)),
-        "conv_q": uniform(heads * width, TAPS),
-        "conv_k": uniform(key_heads * width, TAPS),
-        "conv_v": uniform(key_heads * width, TAPS),
+        "conv_q": uniform(heads * width, TAPS).unflatten(0, (heads, width)),
+        "conv_k": uniform(key_heads * width, TAPS).unflatten(0, (key_heads, width)),
+        "conv_v": uniform(key_heads * width, TAPS).unflatten(0, (key_heads, width)),
         "gate": uniform(heads * width, hidden),
         "norm": torch.ones(width),
     }
@@ -107,8 +107,8 @@ def gated_delta_layer(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, weights: 
     q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + _EPS) for x in (q, k))
     read = hidden.to(wide)
     beta = F.linear(read, small["beta"]).sigmoid()
-    log_decay = -small["rate"].exp() * F.softplus(F.linear(read, small["decay"]) + small["step"])
-    kernel = _fla_kernel() if q.is_cuda else None
+    log_decay = -small["rate"].exp() * _softplus(F.linear(read, small["decay"]) + small["step"])
+    kernel = _fla_kernel() if q.is_cuda and not torch.compiler.is_compiling() else None  # it would break the graph
     if kernel is None:
         o = gated_delta_attention(q, k, v, log_decay, beta)
     else:
@@ -186,12 +186,16 @@ def _states(step: Tensor, add: Tensor) -> Tensor:
 
 
 def _convolved(x: Tensor, taps: Tensor) -> Tensor:
-    """SiLU of a causal convolution along the tokens of [B, T, H, D], by weights [H * D, TAPS] of each channel."""
-    taps = taps.unflatten(0, x.shape[2:])
+    """SiLU of a causal convolution along the tokens of [B, T, H, D], by weights [H, D, TAPS] of each channel."""
     padded = F.pad(x, (0, 0, 0, 0, TAPS - 1, 0))
     mixed = sum(padded[:, i : i + x.shape[1]] * taps[..., i] for i in range(TAPS))
     assert isinstance(mixed, Tensor)
     return F.silu(mixed)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)); torch's own has a gradient whose strides a compiled graph gets wrong (2.13)."""
+    return torch.logaddexp(x, x.new_zeros(()))
 
 
 @lru_cache

@@ -57,15 +57,15 @@ def nsa_weights(settings: NSAConfig, shape: Shape, generator: torch.Generator) -
         generator: of random numbers, on the CPU.
     Returns:
         "gate", a projection to three gates a head; "pool_k" and "pool_v", weights of a block's tokens for each channel
-        of its compressed key and value, [H * block_size, D], at first their mean.
+        of its compressed key and value, [H, block_size, D], at first their mean.
 
     Example:
         >>> weights = nsa_weights(NSAConfig(block_size=4), Shape(16, 4, 2, 8), torch.Generator().manual_seed(0))
         >>> {name: tuple(x.shape) for name, x in weights.items()}
-        {'gate': (12, 16), 'pool_k': (8, 8), 'pool_v': (8, 8)}
+        {'gate': (12, 16), 'pool_k': (2, 4, 8), 'pool_v': (2, 4, 8)}
     """
     gate = (torch.rand(3 * shape.heads, shape.hidden_size, generator=generator) * 2 - 1) * shape.hidden_size**-0.5
-    mean = torch.full((shape.key_heads * settings.block_size, shape.width), 1 / settings.block_size)
+    mean = torch.full((shape.key_heads, settings.block_size, shape.width), 1 / settings.block_size)
     return {"gate": gate, "pool_k": mean, "pool_v": mean.clone()}
 
 
@@ -115,7 +115,7 @@ def nsa_attention(
     """
     size, scale = settings.block_size, q.shape[-1] ** -0.5 if scale is None else scale
     gates = F.linear(hidden, weights["gate"].to(hidden.dtype)).sigmoid().unflatten(-1, (-1, 3)).to(q.dtype)
-    short_k, short_v = (compress(x, weights[f"pool_{name}"], size) for name, x in (("k", k), ("v", v)))
+    short_k, short_v = (compress(x, weights[f"pool_{name}"]) for name, x in (("k", k), ("v", v)))
     branches = [
         _attend_compressed(q, short_k, short_v, size, scale, q_start, dropout_p),
         bsbr_attention(
@@ -128,22 +128,22 @@ def nsa_attention(
     return torch.einsum("bthdn,bthn->bthd", torch.stack(branches, -1), gates)  # type: ignore[arg-type]
 
 
-def compress(x: Tensor, weights: Tensor, block_size: int) -> Tensor:
+def compress(x: Tensor, weights: Tensor) -> Tensor:
     """Make one key or value of each whole block.
 
     Args:
         x: [B, T, H, D].
-        weights: [H * block_size, D].
-        block_size: tokens of a block.
+        weights: [H, block_size, D].
     Returns:
         [B, T // block_size, H, D]; tokens after the last whole block are left out.
 
     Example:
-        >>> compress(torch.ones(1, 9, 2, 3), torch.full((8, 3), 0.25), 4).shape
+        >>> compress(torch.ones(1, 9, 2, 3), torch.full((2, 4, 3), 0.25)).shape
         torch.Size([1, 2, 2, 3])
     """
-    blocks = x[:, : x.shape[1] // block_size * block_size].unflatten(1, (-1, block_size))
-    return torch.einsum("bnshd,hsd->bnhd", blocks, weights.to(x.dtype).unflatten(0, (x.shape[2], block_size)))
+    size = weights.shape[1]
+    blocks = x[:, : x.shape[1] // size * size].unflatten(1, (x.shape[1] // size, size))
+    return torch.einsum("bnshd,hsd->bnhd", blocks, weights.to(x.dtype))
 
 
 def _attend_compressed(

@@ -1,6 +1,6 @@
 """What all peers share: how their settings are kept, and the sizes of the attention they stand in."""
 
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any, ClassVar, NamedTuple, Self
 
 
@@ -40,7 +40,7 @@ class PeerConfig:
         Raises:
             ValueError: an unknown key, or a value out of range.
         """
-        known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        known = {name for name in cls.__dataclass_fields__ if name != "mixer"}  # type: ignore[attr-defined]
         unknown = sorted(set(values) - known)
         if unknown and not known:
             raise ValueError(f"the {cls.mixer} mixer has no settings, got {unknown[0]!r}")

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from bsbr.errors import UserError
-from bsbr.files import write_atomic, write_json
+from bsbr.errors import ResourceError, UserError
+from bsbr.files import sync_folder, write_atomic, write_error, write_json
 
 _FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
@@ -50,7 +50,7 @@ def save_checkpoint(
 
     Args:
         folder: holds the run's checkpoints; made if missing.
-        step: finished steps; a checkpoint of the same step is left as it is.
+        step: finished steps; a whole checkpoint of the same step is left as it is.
         tensors: groups of named tensors, one safetensors file each.
         state: JSON content.
         keep: checkpoints to keep.
@@ -63,7 +63,9 @@ def save_checkpoint(
 
     target = folder / f"step-{step:08d}"
     if target.exists():
-        return target
+        if _is_whole(target, step):
+            return target
+        _remove(target)
     temporary = folder / f".writing-{target.name}-{os.getpid()}"
     try:
         temporary.mkdir(parents=True)
@@ -76,11 +78,9 @@ def save_checkpoint(
             manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         write_json(temporary / "manifest.json", manifest)
         os.rename(temporary, target)
-        _sync_folder(folder)
+        sync_folder(folder)
     except OSError as error:
-        raise UserError(
-            f'checkpoint "{target}" cannot be written: {error.strerror or error}. Free the place'
-        ) from error
+        raise write_error("checkpoint", target, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for _, old in _candidates(folder)[keep:]:
@@ -110,8 +110,27 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a save or a removal that was killed has left; no run may be writing there.
+
+    Args:
+        folder: holds the run's checkpoints; it need not exist.
+    """
+    for path in folder.glob(".*") if folder.is_dir() else ():
+        if path.name.startswith((".writing-step-", ".removing-step-")):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 class _Damaged(Exception):
     """A checkpoint that must not be used."""
+
+
+def _is_whole(path: Path, step: int) -> bool:
+    try:
+        _read(path, step)
+    except _Damaged:
+        return False
+    return True
 
 
 def _read(path: Path, step: int) -> Checkpoint:
@@ -164,7 +183,9 @@ def _check_room(folder: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]])
     need = int(1.1 * sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()))
     free = shutil.disk_usage(folder).free
     if free < need:
-        raise UserError(f'checkpoint "{folder}": needs {need} bytes, {free} free. Free space or choose another output')
+        raise ResourceError(
+            f'checkpoint "{folder}": needs {need} bytes, {free} free. Free space or choose another output'
+        )
 
 
 def _remove(path: Path) -> None:
@@ -172,11 +193,3 @@ def _remove(path: Path) -> None:
     doomed = path.with_name(f".removing-{path.name}-{os.getpid()}")
     os.rename(path, doomed)
     shutil.rmtree(doomed)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -59,8 +59,8 @@ def prepare_corpus(
         UserError: a text or the tokenizer is unusable, or a text is shorter than one window.
     """
     names = {"train": (text, Path(text).name), "held_out": (val, Path(val).name)}
-    progress.say(" and ".join(["reading " + names["train"][1], names["held_out"][1]]))
     contents = {role: read_collection(source) for role, (source, _) in names.items()}
+    progress.say(f"read {names['train'][1]} and {names['held_out'][1]}")
     documents = {role: split_documents(content) for role, content in contents.items()}
     if tokenizer is None:
         progress.say(f"training a tokenizer of {vocab} tokens")

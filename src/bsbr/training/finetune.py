@@ -12,13 +12,11 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
-from transformers import Trainer as HubTrainer
-from transformers.trainer_utils import get_last_checkpoint
 
 from bsbr.config import BSBRConfig
 from bsbr.data.tokenizer import pack_documents
 from bsbr.errors import UserError
-from bsbr.files import write_json
+from bsbr.files import remove_temporaries, write_json
 from bsbr.hf.convert import revert
 from bsbr.hf.mixers import read_settings, write_settings
 from bsbr.hf.modeling import BSBRModelMixin, attention_modules
@@ -27,6 +25,7 @@ from bsbr.hf.sharing import share
 from bsbr.training.distill import distillation_loss, transfer_loss
 from bsbr.training.finetune_recipe import FinetuneConfig, Stage
 from bsbr.training.held_out import compare_models
+from bsbr.training.hub_trainer import PlainTrainer, newest_checkpoint
 from bsbr.training.progress import TrainingProgress
 from bsbr.training.trainer import deferred_interrupt
 
@@ -89,12 +88,13 @@ def finetune(
         with deferred_interrupt() as interrupted:
             for number, stage in enumerate(stage for stage, tokens in config.tokens.items() if tokens):
                 own = folder / "checkpoints" / f"{number}-{stage}"
+                remove_temporaries(own)
                 arguments = _arguments(config, stage, own, report_to, model.device)
                 trainer = StageTrainer(
                     stage=stage, recipe=config, teacher=teacher, held_out=_few(val, config.eval_windows),
                     progress=progress, interrupted=interrupted, model=student, args=arguments, train_dataset=train,
                 )  # fmt: skip
-                trainer.train(resume_from_checkpoint=get_last_checkpoint(str(own)) if own.is_dir() else None)
+                trainer.train(resume_from_checkpoint=newest_checkpoint(own))
                 device = str(trainer.args.device)
                 history += [{"stage": stage, **x} for x in trainer.state.log_history if "held_out_kl" in x]
                 if interrupted.is_set():
@@ -121,7 +121,7 @@ def finetune(
     return trained, record
 
 
-class StageTrainer(HubTrainer):
+class StageTrainer(PlainTrainer):
     """transformers' Trainer with the loss of one stage and an eye on the held-out text.
 
     Args:
@@ -207,6 +207,9 @@ class _Watch(TrainerCallback):
         if self.interrupted.is_set():
             control.should_save = control.should_training_stop = True
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.finish_checkpoint(state.global_step)
+
     def _tokens(self, args: Any) -> int:
         """Tokens of an optimizer step."""
         recipe = self.trainer.recipe
@@ -230,7 +233,8 @@ def _settings(model: PreTrainedModel) -> BSBRConfig:
 
 
 def _check_output(folder: Path, resume: bool) -> None:
-    if (folder / "finetune.json").exists():
+    # a run that was killed between its last figure and the saving of its model is finished, and must be resumable
+    if (folder / "finetune.json").exists() and not resume:
         raise UserError(f'output "{folder}": holds a finished run. Choose another folder or remove it')
     if (folder / "checkpoints").exists() and not resume:
         raise UserError(f'output "{folder}": holds an unfinished run. Continue it with --resume or choose another')

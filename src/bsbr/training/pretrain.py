@@ -15,10 +15,13 @@ from transformers import PreTrainedModel
 import bsbr
 from bsbr.data.tasks import TaskConfig
 from bsbr.errors import UserError
-from bsbr.files import write_json
+from bsbr.files import check_writable, remove_temporaries, write_json
+from bsbr.manifest import write_manifest
+from bsbr.memory import require_memory
 from bsbr.training.batches import Batches, TaskBatches, TextBatches
 from bsbr.training.board import Board
 from bsbr.training.build import build_model
+from bsbr.training.checkpoint import remove_unfinished
 from bsbr.training.corpus import Corpus, prepare_corpus, save_tokenizer
 from bsbr.training.language_model import HeldOut, save_model
 from bsbr.training.processes import Processes, fill, join_processes, local_device, spread
@@ -36,6 +39,8 @@ RECORD = "training.json"
 """The record of a run, written last: a folder that has it is finished."""
 
 _SAMPLE_TOKENS = 48
+_MODEL = ("config.json", "generation_config.json", "model.safetensors")
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
 def run_pretrain(
@@ -81,7 +86,14 @@ def run_pretrain(
     place, output = local_device(_device(device)), Path(output)
     _check_sources(config, text, val, tokenizer, samples)
     _check_output(output, resume)
+    if place.type == "cpu":
+        require_memory(config.least_bytes(), "training", "Lower --hidden, --layers or --context")
     with join_processes(place) as processes, TrainingProgress(_voice(console, processes)) as progress:
+        if processes.first:
+            check_writable(output)
+            remove_temporaries(output)
+            remove_unfinished(output / "checkpoints")
+        processes.wait()
         corpus: Corpus | None = None
         if text is not None and val is not None:
             if resume and tokenizer is None and _has_tokenizer(output):
@@ -90,7 +102,7 @@ def run_pretrain(
                 text=text, val=val, tokenizer=None if tokenizer is None else Path(tokenizer), vocab=config.vocab,
                 context=config.context, device=place, progress=progress,
             )  # fmt: skip
-            if processes.first:
+            if processes.first and (tokenizer is None or Path(tokenizer) != output):  # what was read there is there
                 save_tokenizer(corpus.tokenizer, output)
         batches, vocab = _batches(config, corpus, place)
         model = build_model(config, vocab)
@@ -134,8 +146,9 @@ def _finish(
     trainer.progress.held_out(trainer.step, figures)
     record = _record(config, trainer, model, found, place, time.monotonic() - started)
     save_model(model.bfloat16(), output)
+    write_manifest(output, [name for name in (*_MODEL, *_TOKENIZER) if (output / name).is_file()])
     write_json(output / RECORD, record)
-    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    _remove_checkpoints(output)
     return record
 
 
@@ -216,7 +229,8 @@ def _check_share(config: PretrainConfig, processes: Processes) -> None:
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    # the second is written after the first: without it the tokenizer is not whole
+    return all((folder / name).is_file() for name in _TOKENIZER)
 
 
 def _voice(console: "Console | None", processes: Processes) -> "Console | None":
@@ -230,8 +244,9 @@ def _voice(console: "Console | None", processes: Processes) -> "Console | None":
 def _check_output(output: Path, resume: bool) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f'output "{output}": is a file. Choose a folder')
-    # a run that was killed while it saved its model has no record yet, and can be resumed
-    if (output / RECORD).exists() or ((output / "model.safetensors").exists() and not resume):
+    # a run that was killed while it saved its model still has its checkpoints, and goes on from them
+    unfinished = resume and (output / "checkpoints").exists() and not (output / RECORD).exists()
+    if (output / RECORD).exists() or ((output / "model.safetensors").exists() and not unfinished):
         raise UserError(f'output "{output}": already holds a model. Choose another folder or remove it')
     if not resume and (output / "checkpoints").exists():
         raise UserError(f'output "{output}": holds an unfinished run. Continue it with --resume or choose another')
@@ -247,3 +262,12 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {name!r}: no GPU visible. Use cpu")
     return device
+
+
+def _remove_checkpoints(output: Path) -> None:
+    # Renamed first: what is left of a removal that was cut short must not look like a run to go on with.
+    doomed = output / ".removing-checkpoints"
+    shutil.rmtree(doomed, ignore_errors=True)
+    if (output / "checkpoints").exists():
+        (output / "checkpoints").rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from bsbr.terminal import harmless
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
@@ -46,6 +48,7 @@ class TrainingProgress:
 
     def say(self, message: str) -> None:
         """Write one line that stays."""
+        message = harmless(message)
         if self._console is None:
             print(message, file=sys.stderr, flush=True)
         else:

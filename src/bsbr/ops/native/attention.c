@@ -230,17 +230,19 @@ static void summarise(const Head *h, Work *w, long block) {
   for (long d = 0; d < values; d++) value[d] = h->calibration[VALUE_SCALE] * mean_value[d];
 }
 
-/* The `top_k` best blocks of a vector of queries. Equal scores leave the lower block in front. */
+/* The `top_k` best blocks of a vector of queries, best first. A block goes before the first one that it is better than,
+   and all from there on move down by one, the last one out: of equal scores the lower block stays in front. */
 INLINE void take_best(long top_k, const float *masses, long blocks, float *best, float *place) {
   for (long j = 0; j < top_k; j++) store(best + j * TILE, spread(-INFINITY));
   for (long n = 0; n < blocks; n++) {
-    vec mass = maximum(load(masses + n * TILE), spread(NOTHING)), block = spread(n); /* no number counts as nothing */
+    vec mass = maximum(load(masses + n * TILE), spread(NOTHING)); /* no number counts as nothing */
+    vec moved = mass, block = spread(n);
     for (long j = 0; j < top_k; j++) {
       vec held = load(best + j * TILE), held_block = load(place + j * TILE);
-      store(best + j * TILE, where_greater(mass, held, mass, held));
+      store(best + j * TILE, where_greater(mass, held, moved, held));
       store(place + j * TILE, where_greater(mass, held, block, held_block));
       block = where_greater(mass, held, held_block, block);
-      mass = where_greater(mass, held, held, mass);
+      moved = where_greater(mass, held, held, moved);
     }
   }
 }

@@ -123,11 +123,12 @@ def _choose(
             place = start + 63 - (value & 63)
             value = value | 63  # across tiles only scores count: of equal ones the earlier stays ahead
             kept, kept_index = (), ()
+            moved = value  # all from the first that it is better than move down: of equal scores the earlier stays
             for j in tl.static_range(TOP_K):
                 better = value > best[j]
-                kept += (tl.where(better, value, best[j]),)
+                kept += (tl.where(better, moved, best[j]),)
                 kept_index += (tl.where(better, place, index[j]),)
-                value, place = tl.where(better, best[j], value), tl.where(better, index[j], place)
+                moved, place = tl.where(better, best[j], moved), tl.where(better, index[j], place)
             best, index = kept, kept_index
             value = tl.max(keys, 1)
     to = chosen + ((row * num_sparse + token - sparse_start).to(tl.int64) * heads + head) * TOP_K

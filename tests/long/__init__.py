@@ -1,0 +1,1 @@
+"""Long tests: programs that `make test-long` runs one by one; each writes results of `benchmarks.reliability`."""
