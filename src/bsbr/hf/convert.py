@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from bsbr.config import BSBRConfig
 from bsbr.errors import UserError
-from bsbr.hf.families import LAYERS, NAME, bypass_message, dispatches, stock_classes
+from bsbr.hf.families import LAYERS, NAME, bypass_message, dispatches, is_encoder, stock_classes
 from bsbr.hf.loading import load_model
 from bsbr.hf.mixers import MIXERS, MixerConfig, read_settings, write_settings
 from bsbr.hf.modeling import BSBRModelMixin, attach, attention_modules, derive, detach
@@ -18,6 +18,9 @@ from bsbr.hf.sharing import share
 
 _KEPT = "_bsbr_dense_attention"
 """Attribute of a converted model: the attention implementation it had."""
+
+_KEPT_NAME = "_bsbr_dense_name"
+"""Attribute of a converted model: the folder or name its original was loaded by."""
 
 
 def convert(
@@ -67,6 +70,7 @@ def convert(
     _check_sinks(source, settings["mixer"])
     chosen = _choose(source, layers)
     model = share(source) if max_length is None else extend_positions(source, max_length)
+    model.name_or_path = _unsaved(source, "converted")
     if isinstance(source, BSBRModelMixin):
         same_layers = chosen == getattr(source.config, LAYERS, None)
         calibrated = _with_calibration(source.config.bsbr, settings) if same_layers else None
@@ -79,6 +83,7 @@ def convert(
         return model
     config_class, model_class = derive(source.config.model_type)
     setattr(model, _KEPT, source.config._attn_implementation)
+    setattr(model, _KEPT_NAME, source.name_or_path)
     model.__class__, model.config.__class__ = model_class, config_class
     vars(model.config).pop("model_type", None)  # a config that was read from a file has the old one beside its class's
     _write(model, settings, chosen)
@@ -111,7 +116,13 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     forget_classes(dense.config)
     default = "sdpa" if stock_model._supports_sdpa else "eager"
     dense.set_attn_implementation(dense.__dict__.pop(_KEPT, default))
+    dense.name_or_path = dense.__dict__.pop(_KEPT_NAME, _unsaved(model, "reverted"))
     return dense
+
+
+def _unsaved(source: PreTrainedModel, how: str) -> str:
+    """What stands in an adapter (peft) in place of its base: nothing that could be loaded with another attention."""
+    return f"{source.config._name_or_path or source.config.model_type} {how} in memory: save it and load its folder"
 
 
 def _write(model: PreTrainedModel, settings: dict[str, Any], layers: list[int] | None) -> None:
@@ -159,6 +170,11 @@ def _check(model: Any) -> None:
     if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
         raise UserError(
             f"models of type {config.model_type} with cross-attention cannot be converted: only decoder-only models can"
+        )
+    if is_encoder(config):
+        raise UserError(
+            f"models of type {config.model_type} are encoders, whose attention looks both ways, and cannot be "
+            "converted: BSBR attention is causal, give a decoder-only language model"
         )
     classes = stock_classes(config.model_type)
     if classes is None or not dispatches(config.model_type):

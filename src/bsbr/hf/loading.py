@@ -27,7 +27,7 @@ _UNUSABLE = (
 )  # fmt: skip
 """What families raise where a config makes no sense or contradicts the weights, each in its own way."""
 
-_INSTEAD = "give a folder with a model in it, or no model at all to use the embedded one"
+_INSTEAD = 'give a folder with a model in it, or "embedded" on the command line for the one that comes along'
 
 
 def load_model(name_or_path: str | Path, dtype: str = "float32", device: str | torch.device = "cpu") -> PreTrainedModel:
