@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Convert, calibrate, save."""
     config = attention_config(args)
-    output = check_output(args.output, "config.json", resume=False, overwrite=args.overwrite)
+    output = check_output(args.output, "config.json", overwrite=args.overwrite)
     from bsbr.cli.models import load, read_calibration_text, save
     from bsbr.hf.convert import convert
     from bsbr.training.calibrate import calibrate

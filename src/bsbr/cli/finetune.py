@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     config = FinetuneConfig(
         gradient_checkpointing=args.gradient_checkpointing, **{name: getattr(args, name) for name in FIELDS}
     )
-    output = check_output(args.output, "finetune.json", resume=False, overwrite=False)
+    output = check_output(args.output, "finetune.json")
     model, tokenizer = load(args.model, device=str(_device(args.device, check_device)))
     text = read_calibration_text(args.text) or ""
     held_out = None if args.val is None else read_text(args.val)
