@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -24,7 +25,7 @@ _KEPT_NAME = "_bsbr_dense_name"
 
 
 def convert(
-    model_or_name: PreTrainedModel | str,
+    model_or_name: PreTrainedModel | str | Path,
     config: MixerConfig,
     *,
     max_length: int | None = None,
@@ -65,7 +66,7 @@ def convert(
         'bsbr-gpt2'
     """
     settings = write_settings(config)
-    source = load_model(model_or_name) if isinstance(model_or_name, str) else model_or_name
+    source = load_model(model_or_name) if isinstance(model_or_name, str | Path) else model_or_name
     _check(source)
     _check_sinks(source, settings["mixer"])
     chosen = _choose(source, layers)
