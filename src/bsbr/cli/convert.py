@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     """Convert, calibrate, save."""
     args.if_out_of_memory = "Use --calibrate none, a smaller --max-length or a smaller model"
     config = attention_config(args)
-    output = check_output(args.output, "config.json", resume=False, overwrite=args.overwrite)
+    output = check_output(args.output, "config.json", overwrite=args.overwrite)
     from bsbr.cli.models import load, read_calibration_text, save
     from bsbr.hf.convert import convert
     from bsbr.training.calibrate import calibrate

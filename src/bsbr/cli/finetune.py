@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     from bsbr.terminal import harmless
     from bsbr.training.finetune import finetune
 
-    output = check_output(args.output, "finetune.json", resume=args.resume, overwrite=False)
+    output = check_output(args.output, "finetune.json", resume=args.resume)
     model, tokenizer = load(args.model, device=str(_device(args.device, check_device)))
     text = read_calibration_text(args.text) or ""
     held_out = None if args.val is None else read_text(args.val)
