@@ -24,7 +24,7 @@ from bsbr.data.text import read_text, split_documents, text_digest
 from bsbr.data.tokenizer import encode_documents, load_tokenizer, token_byte_lengths
 from bsbr.files import write_json
 from bsbr.training.batches import TextBatches
-from bsbr.training.build import build_model, finished, parse_attention
+from bsbr.training.build import build_model, parse_attention
 from bsbr.training.corpus import Corpus, save_tokenizer
 from bsbr.training.language_model import save_model, token_nll
 from bsbr.training.progress import TrainingProgress
@@ -44,7 +44,7 @@ ATTENTIONS = {
 """What each name stands for; a window of 576 tokens is what 8 retrieved blocks and the own block of 64 are."""
 
 RECIPE: dict[str, Any] = {
-    "context": 4096, "batch_tokens": 32_768, "lr": 3e-3, "muon_lr": 6e-3, "weight_decay": 0.1, "warmup_steps": 50,
+    "context": 4096, "batch_tokens": 32_768, "lr": 4e-3, "muon_lr": 8e-3, "weight_decay": 0.1, "warmup_steps": 50,
     "val_interval": 128, "val_windows": 16, "documents": "joined", "checkpoint_interval": 1 << 30,
     "match_parameters": True,
 }  # fmt: skip
@@ -124,7 +124,7 @@ def train(name: str, seed: int, corpus: Corpus, options: argparse.Namespace) -> 
     row = {
         "attention": name, "seed": seed, "recipe": {**recipe.to_dict(), "architecture": Path(options.shape).name},
         "shape": json.loads(Path(options.shape).read_text()),
-        "parameters": sum(p.numel() for p in finished(model, recipe).parameters()), "steps": trainer.step,
+        "parameters": sum(p.numel() for p in model.parameters()), "steps": trainer.step,
         "tokens": trainer.step * recipe.batch_tokens, "precision": trainer.precision, "text": corpus.record,
         "seconds_beside_other_runs": round(seconds, 1), "history": trainer.history,
         "nll": losses.mean().item(), "nll_last": losses[:, -_LAST:].mean().item(),
@@ -132,7 +132,7 @@ def train(name: str, seed: int, corpus: Corpus, options: argparse.Namespace) -> 
         "windows": {"nll": losses.mean(1).tolist(), "nll_last": losses[:, -_LAST:].mean(1).tolist()},
         **conditions(sys.argv, corpus.train.device),
     }  # fmt: skip
-    return row, finished(model, recipe)
+    return row, model
 
 
 @torch.no_grad()

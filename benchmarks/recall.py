@@ -45,37 +45,49 @@ ATTENTIONS = {
 """What each name stands for."""
 
 _RECIPE: dict[str, Any] = {
-    "batch_tokens": 32_768, "lr": 3e-3, "muon_lr": 3e-3, "weight_decay": 0.01, "warmup_steps": 100, "val_interval": 200,
+    "batch_tokens": 32_768, "lr": 1e-2, "muon_lr": 1e-2, "weight_decay": 0.01, "warmup_steps": 100, "val_interval": 200,
     "val_windows": 32, "checkpoint_interval": 1 << 30, "match_parameters": True,
 }  # fmt: skip
 
+_SHORT_FIRST = [[64, 0.3], [256, 0.2], [1024, 0.2]]
+"""A model finds what to look for in short texts, and keeps it in long ones."""
+
 RUNS: dict[str, dict[str, Any]] = {
     "mqar": {
-        "task": {"task": "mqar", "pairs": 64, "vocab": 1024},
-        "recipe": {"context": 4096, "curriculum": [[512, 0.5], [1024, 0.2], [2048, 0.15]], "tokens": 1500 << 15},
+        "task": {"task": "mqar", "pairs": 32, "vocab": 1024},
+        "recipe": {"context": 4096, "curriculum": [[128, 0.35], [512, 0.2], [1024, 0.15]], "tokens": 800 << 15},
         "tests": [{"length": n, "pairs": min(256, n // 8)} for n in (512, 1024, 2048, 4096, 8192)],
     },
     "passkey": {
         "task": {"task": "passkey", "vocab": 1024},
-        "recipe": {"context": 4096, "curriculum": [[256, 0.5], [1024, 0.3]], "tokens": 1000 << 15},
+        "recipe": {"context": 4096, "curriculum": _SHORT_FIRST, "tokens": 800 << 15},
         "tests": [{"length": n} for n in (1024, 4096, 8192, 16384, 32768)],
     },
     "needle_multikey": {
         "task": {"task": "needle_multikey", "pairs": 8, "vocab": 1024},
-        "recipe": {"context": 4096, "curriculum": [[256, 0.5], [1024, 0.3]], "tokens": 1500 << 15},
+        "recipe": {"context": 4096, "curriculum": _SHORT_FIRST, "tokens": 800 << 15},
         "tests": [{"length": n} for n in (1024, 4096, 8192, 16384, 32768)],
     },
     "impossible": {
         "task": {"task": "impossible", "vocab": 64},
-        "recipe": {"context": 256, "batch_tokens": 1024, "tokens": 2000 << 10, "precision": "float32"},
-        "tests": [{"length": 256}],
+        "shape": "noise.json",
+        "recipe": {"context": 128, "batch_tokens": 512, "tokens": 2000 << 9, "precision": "float32"},
+        "tests": [{"length": 128}],
+        # blocks so small that each attention leaves most of the text out
+        "attentions": {
+            "bsbr": "bsbr:block_size=16,top_k=2",
+            "bsbr_drop": "bsbr:block_size=16,top_k=2,far=drop",
+            "window": "window:window=24",
+            "moba": "moba:block_size=16,top_k=2",
+            "local": "local:block_size=16",
+            "additive": "additive:block_size=16",
+            "nsa": "nsa:block_size=16,top_k=2,window=24",
+        },
     },
 }
 """What each task is trained on and at, and what it is tested at."""
 
-_SHAPE = Path(__file__).parent / "configs" / "recall.json"
-_TEST_TOKENS = 1 << 21
-"""Tokens that a test reads, at most; at least 32 examples, at most 512."""
+_CONFIGS = Path(__file__).parent / "configs"
 
 
 def main() -> None:
@@ -105,8 +117,10 @@ def train(task: str, name: str, seed: int, options: argparse.Namespace) -> dict[
     values = _RECIPE | plan["recipe"] | given
     values["curriculum"] = tuple((length, share) for length, share in values.get("curriculum", ()))
     trained = TaskConfig.from_dict({**plan["task"], "length": values["context"]})
+    shape = Path(options.shape or _CONFIGS / plan.get("shape", "recall.json"))
+    settings = options.settings or plan.get("attentions", {}).get(name, ATTENTIONS[name])
     recipe = PretrainConfig(
-        architecture=options.shape, attention=parse_attention(options.settings or ATTENTIONS[name], seed), seed=seed,
+        architecture=str(shape), attention=parse_attention(settings, seed), seed=seed,
         task=trained.to_dict(), compile=False, **values,
     )  # fmt: skip
     model = build_model(recipe, trained.vocab).to(device)
@@ -120,19 +134,22 @@ def train(task: str, name: str, seed: int, options: argparse.Namespace) -> dict[
     tests = [trained.to_dict() | test for test in plan["tests"]]
     tested = {"trained": model, **(controls(model, seed) if name.startswith(("bsbr", "moba")) else {})}
     return {
-        "task": task, "attention": name, "seed": seed, "recipe": {**recipe.to_dict(), "architecture": _SHAPE.name},
-        "shape": json.loads(Path(options.shape).read_text()), "steps": trainer.step,
+        "task": task, "attention": name, "seed": seed, "recipe": {**recipe.to_dict(), "architecture": shape.name},
+        "shape": json.loads(shape.read_text()), "steps": trainer.step,
         "parameters": sum(p.numel() for p in model.parameters()), "history": trainer.history,
-        "seconds_beside_other_runs": round(seconds, 1), "scores": list(_scores(tested, tests, seed, values["context"])),
+        "seconds_beside_other_runs": round(seconds, 1),
+        "scores": list(_scores(tested, tests, seed, values["context"], options)),
         **conditions(sys.argv, device),
     }  # fmt: skip
 
 
-def _scores(tested: dict[str, Any], tests: list[dict[str, Any]], seed: int, trained: int) -> Iterator[dict[str, Any]]:
+def _scores(
+    tested: dict[str, Any], tests: list[dict[str, Any]], seed: int, trained: int, options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
     """Score every model at every length; controls only up to the trained length, where the model knows the answer."""
     for test in tests:
         config = TaskConfig.from_dict(test)
-        examples = max(32, min(512, _TEST_TOKENS // config.length))
+        examples = max(options.least_examples, min(512, options.test_tokens // config.length))
         for who, model in tested.items():
             if who != "trained" and config.length > trained:
                 continue
@@ -207,8 +224,10 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=["full", "bsbr"])
     part.add_argument("--settings", help="settings of the attention in place of those of its name")
     part.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    part.add_argument("--shape", default=str(_SHAPE), help="configuration of the model, JSON")
+    part.add_argument("--shape", help="configuration of the model, JSON; None: the task's own")
     part.add_argument("--recipe", default="{}", help="fields of PretrainConfig that differ, JSON")
+    part.add_argument("--test-tokens", type=int, default=1 << 21, help="tokens that a test reads, at most")
+    part.add_argument("--least-examples", type=int, default=32, help="examples of a test, at least; at most 512")
     part.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     part.set_defaults(act=run)
     part = parts.add_parser("gather")

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from bsbr.training.build import build_model, finished
+from bsbr.training.build import build_model
 from bsbr.training.language_model import document_positions, held_out_loss, token_nll
 from bsbr.training.recipe import PretrainConfig
 
 
 def _tiny(seed: int = 0):
     recipe = PretrainConfig(layers=2, heads=2, hidden=16, context=8, batch_tokens=8, tokens=8, seed=seed)
-    return finished(build_model(recipe, 20), recipe)
+    return build_model(recipe, 20)
 
 
 def test_token_nll_is_the_loss_of_the_models_own_forward() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bsbr.training.build import build_model, finished
+from bsbr.training.build import build_model
 from bsbr.training.language_model import token_nll
 from bsbr.training.optimizer import SplitOptimizer, schedule
 from bsbr.training.recipe import PretrainConfig
@@ -11,7 +11,7 @@ from bsbr.training.recipe import PretrainConfig
 
 def _model():
     recipe = PretrainConfig(layers=1, heads=2, hidden=16, context=8, batch_tokens=8, tokens=8)
-    return finished(build_model(recipe, 20), recipe)
+    return build_model(recipe, 20)
 
 
 def _optimizer(model) -> SplitOptimizer:

@@ -137,6 +137,7 @@ def is_converted(config: Any, layer: int) -> bool:
     return layer in layers
 
 
+@torch.compiler.assume_constant_result  # the settings of a dataclass are no graph
 @lru_cache(maxsize=256)  # called by every layer at every step
 def _read(items: tuple[tuple[str, Any, type], ...], layer: int | None) -> tuple[Mixer, Any]:
     values = {name: value for name, value, _ in items}  # the type tells True and 1.0 from 1, which look up as one

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bsbr.errors import UserError
-from bsbr.hf.convert import revert
 from bsbr.hf.families import bypass_message, dispatches, stock_classes
 from bsbr.hf.mixers import MIXERS, MixerConfig, write_settings
 from bsbr.hf.positions import max_positions
@@ -53,7 +53,8 @@ def build_model(config: PretrainConfig, vocab: int) -> PreTrainedModel:
     1. The architecture's own configuration: by name, with the recipe's sizes, tied embeddings, no dropout and
        rotary or learned positions as the family has them; or from a JSON file, as it is but for `vocab_size`.
     2. Weights as transformers initialises them, in float32.
-    3. The recipe's attention in every layer; with `match_parameters`, MLPs are narrowed by what it has more.
+    3. The recipe's attention in every layer, and with `match_parameters` MLPs that are narrower by what it has more.
+       Full attention is the family's own class, with PyTorch's attention: as fast as it is anywhere.
 
     Args:
         config: the recipe.
@@ -68,7 +69,13 @@ def build_model(config: PretrainConfig, vocab: int) -> PreTrainedModel:
     attention = attention_of(config)
     if config.match_parameters:
         family = match_parameters(family, attention)
-    model = build_peer(family, attention, seed=config.seed)
+    if isinstance(attention, FullConfig):
+        family._attn_implementation = "sdpa"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model = AutoModelForCausalLM.from_config(family, dtype=torch.float32).train()
+    else:
+        model = build_peer(family, attention, seed=config.seed)
     available = max_positions(model)
     if available is not None and available < config.context:
         raise UserError(f"context = {config.context}: the architecture has {available} learned positions. Take fewer")
@@ -88,18 +95,6 @@ def attention_of(config: PretrainConfig) -> MixerConfig:
     values = dict(config.attention)
     name = values.pop("mixer")
     return MIXERS[name].config.from_dict(values)
-
-
-def finished(model: PreTrainedModel, config: PretrainConfig) -> PreTrainedModel:
-    """Return the model as it is saved: of the family's own class where its attention is full.
-
-    Args:
-        model: from `build_model`.
-        config: the same recipe.
-    Returns:
-        The model, on the same weights.
-    """
-    return revert(model) if config.attention is None else model
 
 
 def _family_config(config: PretrainConfig, vocab: int) -> PreTrainedConfig:

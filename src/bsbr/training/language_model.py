@@ -11,15 +11,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from bsbr.data.tokenizer import ENDOFTEXT_ID
 from bsbr.errors import UserError
 from bsbr.hf.attention import bsbr_attention_forward
 from bsbr.hf.families import NAME, PREFIX
-from bsbr.hf.modeling import BSBRModelMixin, layer_type
+from bsbr.hf.modeling import layer_type
 
-_UNMASKED = f"{NAME}_unmasked"
-"""Name of our attention without a mask function. Asking for a mask makes transformers look at the positions of every
+_UNMASKED = {NAME: f"{NAME}_unmasked", "sdpa": "sdpa_unmasked"}
+"""Our attention and PyTorch's, and their names without a mask function. Asking for a mask makes transformers look at the positions of every
 batch, which waits for the device, and makes a mask that costs the fast kernels where the model is compiled."""
 
 _PARTS = 8
@@ -43,14 +44,13 @@ def token_nll(model: PreTrainedModel, windows: torch.Tensor, positions: torch.Te
     if positions is None and model.config.model_type.removeprefix(PREFIX) == "gpt2":
         logits = _gpt2_logits(model, inputs)
     else:
-        whole = positions is None and isinstance(model, BSBRModelMixin) and _reads_everything(model)
-        if whole:
-            model.config._attn_implementation = _UNMASKED
+        own = model.config._attn_implementation
+        if positions is None and own in _UNMASKED and _reads_everything(model):
+            model.config._attn_implementation = _UNMASKED[own]
         try:
             logits = model(inputs, position_ids=positions, use_cache=False).logits
         finally:
-            if whole:
-                model.config._attn_implementation = NAME
+            model.config._attn_implementation = own
     loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
     return loss.view(targets.shape)
 
@@ -69,7 +69,8 @@ def _reads_everything(model: PreTrainedModel) -> bool:
     return all(layer_type(config, layer) == "full_attention" for layer in range(config.num_hidden_layers))
 
 
-AttentionInterface.register(_UNMASKED, bsbr_attention_forward)
+AttentionInterface.register(_UNMASKED[NAME], bsbr_attention_forward)
+AttentionInterface.register(_UNMASKED["sdpa"], sdpa_attention_forward)
 
 
 def document_positions(inputs: torch.Tensor) -> torch.Tensor:

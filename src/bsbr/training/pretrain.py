@@ -20,7 +20,7 @@ from bsbr.manifest import write_manifest
 from bsbr.memory import require_memory
 from bsbr.training.batches import Batches, TaskBatches, TextBatches
 from bsbr.training.board import Board
-from bsbr.training.build import build_model, finished
+from bsbr.training.build import build_model
 from bsbr.training.checkpoint import remove_unfinished
 from bsbr.training.corpus import Corpus, prepare_corpus, save_tokenizer
 from bsbr.training.language_model import HeldOut, save_model
@@ -144,7 +144,6 @@ def _finish(
     figures = trainer.batches.measure(model, whole=True)
     found = figures.pop("found")
     trainer.progress.held_out(trainer.step, figures)
-    model = finished(model, config)
     record = _record(config, trainer, model, found, place, time.monotonic() - started)
     save_model(model.bfloat16(), output)
     write_manifest(output, [name for name in (*_MODEL, *_TOKENIZER) if (output / name).is_file()])
