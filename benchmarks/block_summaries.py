@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-BLOCK, RANK, CLUSTERS = 128, 8, 4
+BLOCK, RANK = 128, 8
 
 
 class Layer(NamedTuple):
@@ -84,20 +85,20 @@ def moments(layer: Layer, unit: int, *, variance: bool, state: str) -> Entries:
     return Entries(m1, m2, mean_v[:, None], correction, numbers, math.log(unit))
 
 
-def clusters(layer: Layer, unit: int) -> Entries:
+def clusters(layer: Layer, unit: int, count: int) -> Entries:
     """Several mean keys and values per block, by k-means of the keys; joined into one entry of their summed mass."""
     k, v = blocks_of(layer.k, unit), blocks_of(layer.v, unit)
-    centre = k[:, :, :: unit // CLUSTERS]  # [HQ, N, C, D]
+    centre = k[:, :, :: unit // count]  # [HQ, N, C, D]
     for _ in range(10):
         nearest = torch.cdist(k, centre).argmin(-1)  # [HQ, N, unit]
-        member = nn.functional.one_hot(nearest, CLUSTERS).float()
-        count = member.sum(2)[..., None].clamp(min=1)
-        centre = member.mT @ k / count
-    mean_v, size = member.mT @ v / count, member.sum(2)
-    score = torch.einsum("hsd,hncd->hsnc", layer.q, centre) + size.log()[:, None]
+        member = nn.functional.one_hot(nearest, count).float()
+        size = member.sum(2)[..., None]
+        centre = member.mT @ k / size.clamp(min=1)
+    mean_v = member.mT @ v / size.clamp(min=1)
+    score = torch.einsum("hsd,hncd->hsnc", layer.q, centre) + size.log()[:, None, :, :, 0]
     mass = score.logsumexp(-1)
     value = torch.einsum("hsnc,hncv->hsnv", (score - mass[..., None]).exp(), mean_v)
-    numbers = CLUSTERS * (2 * k.shape[-1] + 1)
+    numbers = count * (2 * k.shape[-1] + 1)
     return Entries(mass - math.log(unit), torch.zeros_like(mass), value, torch.zeros(1), numbers, math.log(unit))
 
 
@@ -116,10 +117,12 @@ def table(block: int) -> dict[str, Method]:
         "moments, block state": Method(block, kept(True, "block")),
         "moments, token state": Method(block, kept(True, "token")),
         f"moments, token state of rank {RANK}": Method(block, kept(True, "rank")),
-        f"{CLUSTERS} key clusters": Method(block, clusters),
+        "4 key clusters": Method(block, partial(clusters, count=4)),
+        "8 key clusters": Method(block, partial(clusters, count=8)),
         f"units of {small}: drop": Method(small, kept(False, "none"), drops=True),
         f"units of {small}: mean": Method(small, kept(False, "none")),
         f"units of {small}: moments, global state": Method(small, kept(True, "global")),
+        f"units of {small // 2}: mean": Method(small // 2, kept(False, "none")),
     }
 
 

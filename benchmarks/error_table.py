@@ -22,7 +22,7 @@ from benchmarks.block_summaries import BLOCK, Entries, Layer, blocks_of, is_past
 from bsbr.data.text import read_documents
 from bsbr.evaluation.fidelity import spread_windows
 from bsbr.evaluation.provenance import describe_model, header, texts_digest
-from bsbr.files import write_atomic, write_json
+from bsbr.files import write_json
 from bsbr.hf import load_model, load_tokenizer
 from bsbr.ops import UNCALIBRATED
 
@@ -105,18 +105,23 @@ def calibrated(entries: Entries, exact: Truth, top_k: int) -> Tensor:
     return best
 
 
-def kinds(layer: Layer) -> list[str]:
-    """What a head does, by where its mass lies: on the first token, in the own block, on few keys, or on many."""
+def traits(layer: Layer) -> Tensor:
+    """Where a head's mass lies: share of the first token, share of the own block, keys it is spread over, [3, HQ]."""
     position = torch.arange(layer.k.shape[1])
     share = (layer.q @ layer.k.mT).masked_fill(position > layer.at[:, None], -math.inf).softmax(-1)
     first = share[..., 0].mean(-1)
     own = (share * (position // BLOCK == (layer.at // BLOCK)[:, None])).sum(-1).mean(-1)
     keys = torch.special.entr(share).sum(-1).mean(-1).exp()
-    found = []
-    for on_first, inside, many in zip(first.tolist(), own.tolist(), keys.tolist(), strict=True):
+    return torch.stack([first, own, keys])
+
+
+def kinds(found: Tensor) -> list[str]:
+    """What each head does, by its traits."""
+    names = []
+    for on_first, inside, many in found.T.tolist():
         far = "peaked" if many < 64 else "broad"
-        found.append("sink-like" if on_first > 0.4 else "local" if inside > 0.6 else far)
-    return found
+        names.append("sink-like" if on_first > 0.4 else "local" if inside > 0.6 else far)
+    return names
 
 
 def capture(model: PreTrainedModel, ids: Tensor) -> list[tuple[Tensor, Tensor, Tensor, float]]:
@@ -135,6 +140,14 @@ def capture(model: PreTrainedModel, ids: Tensor) -> list[tuple[Tensor, Tensor, T
     return seen
 
 
+def unrotated(model: PreTrainedModel, x: Tensor) -> Tensor:
+    """Take the rotary positions off queries or keys, [H, T, D]."""
+    position = torch.arange(x.shape[1], device=x.device)[None]
+    cos, sin = model.base_model.rotary_emb(x[None], position)
+    first, second = x.chunk(2, -1)
+    return x * cos[0] - torch.cat([-second, first], -1) * sin[0]
+
+
 def sample(q: Tensor, k: Tensor, v: Tensor, scale: float, first: int, queries: int) -> Layer:
     """Take queries evenly from the sparse part."""
     group, length = q.shape[0] // k.shape[0], q.shape[1]
@@ -143,65 +156,61 @@ def sample(q: Tensor, k: Tensor, v: Tensor, scale: float, first: int, queries: i
     return Layer(q[:, at].float() * scale, k, v, at, q[:, at // BLOCK * BLOCK - 1].float() * scale)
 
 
-def measure(model: PreTrainedModel, ids: Tensor, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each layer, head, method and calibration."""
-    rows = []
+def measure(model: PreTrainedModel, windows: list[Tensor], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each layer, head, method and calibration: means over the windows."""
+    sums: dict[tuple[Any, ...], list[Tensor]] = {}
+    heads: dict[tuple[int, str], list[Tensor]] = {}
     first = (args.top_k + 1) * BLOCK  # from there on blocks are left out
-    for number, seen in enumerate(track(capture(model, ids), "layers", console=Console(stderr=True))):
-        layer = sample(*seen, first, args.queries)
-        kind = kinds(layer)
-        for name, method in table(BLOCK).items():
-            top_k = args.top_k * BLOCK // method.unit
+    for ids in windows:
+        for number, (q, k, v, scale) in enumerate(track(capture(model, ids), "layers", console=Console(stderr=True))):
+            layers = {"kept": sample(q, k, v, scale, first, args.queries)}
+            if rotary(model):
+                layers["undone"] = sample(unrotated(model, q), unrotated(model, k), v, scale, first, args.queries)
+            for rotation, layer in layers.items():
+                heads.setdefault((number, rotation), []).append(traits(layer))
+                for (name, fitted, size), found in methods(layer, args.top_k).items():
+                    sums.setdefault((number, rotation, name, fitted, size), []).append(found)
+    kind = {where: kinds(torch.stack(found).mean(0)) for where, found in heads.items()}
+    return [
+        {
+            "layer": number, "head": head, "kind": kind[number, rotation][head], "rotation": rotation, "summary": name,
+            "calibrated": fitted, "bytes_per_token": size, "output_error": output, "mass_error": mass,
+        }
+        for (number, rotation, name, fitted, size), found in sums.items()
+        for head, (output, mass) in enumerate(torch.stack(found).mean(0).T.tolist())
+    ]  # fmt: skip
+
+
+def methods(layer: Layer, blocks: int) -> dict[tuple[str, str, float], Tensor]:
+    """Errors of every method on one layer: (name, calibrated, bytes per token) to output and mass errors, [2, HQ]."""
+    found = {}
+    for name, method in table(BLOCK).items():
+        top_k = blocks * BLOCK // method.unit
+        with torch.no_grad():
+            entries, exact = method.make(layer, method.unit), truth(layer, method.unit)
+        # without a far field the mean keys alone are kept, to choose by
+        size = 4 * entries.numbers / method.unit / (2 if method.drops else 1)
+        fits = {"no": torch.tensor(UNCALIBRATED).repeat(len(layer.q), 1)}
+        if not method.drops:
+            fits["yes"] = calibrated(entries, exact, top_k)
+        for fitted, scalars in fits.items():
             with torch.no_grad():
-                entries, exact = method.make(layer, method.unit), truth(layer, method.unit)
-            # without a far field the mean keys alone are kept, to choose by
-            size = 4 * entries.numbers / method.unit / (2 if method.drops else 1)
-            fits = {"no": torch.tensor(UNCALIBRATED).repeat(len(kind), 1)}
-            if not method.drops:
-                fits["yes"] = calibrated(entries, exact, top_k)
-            for fitted, scalars in fits.items():
-                with torch.no_grad():
-                    found = errors(entries, exact, scalars, top_k, method.drops, HELD_OUT)
-                rows += [
-                    {
-                        "layer": number, "head": head, "kind": kind[head], "summary": name, "calibrated": fitted,
-                        "bytes_per_token": size,
-                        **{metric: values[head].item() for metric, values in found.items()},
-                    }
-                    for head in range(len(kind))
-                ]  # fmt: skip
-    return rows
+                both = errors(entries, exact, scalars, top_k, method.drops, HELD_OUT)
+            found[name, fitted, size] = torch.stack([both["output_error"], both["mass_error"]])
+    return found
 
 
-def markdown(rows: list[dict[str, Any]], title: str) -> str:
-    """Mean over heads, by kind: error of the output, and of the log-mass."""
-    names = [name for name in ("local", "peaked", "broad", "sink-like") if any(row["kind"] == name for row in rows)]
-    heads = len({(row["layer"], row["head"]) for row in rows})
-    counts = {name: len({(r["layer"], r["head"]) for r in rows if r["kind"] == name}) for name in names}
-    columns = ["summary", "calibrated", "bytes per token", f"all {heads}", *(f"{n} {counts[n]}" for n in names)]
-    lines = [
-        f"# {title}",
-        "",
-        "Relative error of the attention output / error of the log-mass of a block, nats; bytes of one key head.",
-        "",
-    ]
-    lines += [f"| {' | '.join(columns)} |", "|---|---|---:" + "|---:" * (len(columns) - 3) + "|"]
-    for name, fitted in dict.fromkeys((row["summary"], row["calibrated"]) for row in rows):
-        mine = [row for row in rows if (row["summary"], row["calibrated"]) == (name, fitted)]
-        cells = []
-        for kind in (None, *names):
-            part = [row for row in mine if kind in (None, row["kind"])]
-            output, mass = (sum(row[m] for row in part) / len(part) for m in ("output_error", "mass_error"))
-            cells.append(f"{output:.3f} / {mass:.2f}")
-        lines.append(f"| {name} | {fitted} | {mine[0]['bytes_per_token']:.0f} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+def rotary(model: PreTrainedModel) -> bool:
+    """Whether positions are turned into the queries and keys."""
+    return getattr(model.config, "rope_parameters", None) is not None
 
 
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder of the model and its tokenizer")
-    parser.add_argument("--text", required=True, type=Path, help="one window of its first document is read")
+    parser.add_argument("--text", required=True, type=Path, help="one window of each of its first documents")
+    parser.add_argument("--documents", type=int, default=4)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--top-k", type=int, default=2, help=f"blocks of {BLOCK}; smaller units read as many tokens")
     parser.add_argument("--queries", type=int, default=64, help="sampled of each head; half are fitted")
@@ -210,19 +219,19 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure and write JSON and Markdown."""
+    """Measure and write JSON; `benchmarks.error_table_page` makes tables of it."""
     args = arguments()
     model, tokenizer = load_model(args.model), load_tokenizer(args.model)
-    documents = read_documents(args.text)[:1]
-    ((ids, *_), *_) = spread_windows(tokenizer, documents, args.length, 1)
-    rows = measure(model, ids, args)
+    documents = read_documents(args.text)[: args.documents]
+    windows = [window for own in spread_windows(tokenizer, documents, args.length, 1) for window in own]
+    rows = measure(model, windows, args)
     protocol = {"length": args.length, "block_size": BLOCK, "top_k": args.top_k, "queries": args.queries}
+    protocol |= {"windows": len(windows)}
     protocol |= {"steps": STEPS, "errors": "on the half of the queries that was not fitted; mass weighted by share"}
-    rope = getattr(model.config, "rope_parameters", None) is not None
     head = header(
         status="complete",
         command=["python", "-m", "benchmarks.error_table", *sys.argv[1:]],
-        model=describe_model(model, name=Path(args.model).name) | {"rotary": rope},
+        model=describe_model(model, name=Path(args.model).name) | {"rotary": rotary(model)},
         data={"text": {"name": args.text.name, "sha256": texts_digest(documents)}},
         protocol=protocol,
         config={},
@@ -230,9 +239,6 @@ def main() -> None:
         dtype="float32",
     )
     write_json(args.output, head | {"rows": rows})
-    text = markdown(rows, f"{Path(args.model).name}, {args.length} tokens, top_k {args.top_k} of {BLOCK}")
-    write_atomic(args.output.with_suffix(".md"), text)
-    print(text)
 
 
 if __name__ == "__main__":

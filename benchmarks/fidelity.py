@@ -34,22 +34,26 @@ from bsbr.evaluation.rows import row
 from bsbr.evaluation.statistics import Estimate, paired_bootstrap, ratio_mean, transformed
 from bsbr.files import write_json
 from bsbr.hf import load_model, load_tokenizer
+from bsbr.hf.exact import prepare_dense
 
 Ranges = dict[str, tuple[int, int]]
 
 
 @torch.no_grad()
-def measure(models: dict[str, PreTrainedModel], windows: list[list[Tensor]], ranges: Ranges) -> dict[str, Any]:
-    """Sum each metric of each model over ranges of positions of each document, in float64."""
+def measure(
+    models: dict[str, PreTrainedModel], windows: list[list[Tensor]], ranges: Ranges, at_once: int
+) -> dict[str, Any]:
+    """Sum each metric of each model over ranges of positions of each document, in float64; windows go `at_once`."""
     empty = {"n": 0.0} | dict.fromkeys(METRICS, 0.0)
     sums = {name: {bucket: [dict(empty) for _ in windows] for bucket in ranges} for name in models}
-    todo = [(i, window) for i, own in enumerate(windows) for window in own]
-    for document, window in track(todo, "windows", console=Console(stderr=True)):
-        window = window.to(models["original"].device)
-        original = predict(models["original"], window[None], 0)
+    todo = [(i, own[j : j + at_once]) for i, own in enumerate(windows) for j in range(0, len(own), at_once)]
+    for document, own in track(todo, "windows", console=Console(stderr=True)):
+        ids = torch.stack(own).to(models["original"].device)
+        original = predict(models["original"], ids, 0)
         for name, model in models.items():
-            compared = compare_predictions(original, predict(model, window[None], 0), window[1:])
-            for bucket, found in sum_by_position(compared, 1, ranges).items():
+            predicted = original if name == "original" else predict(model, ids, 0)
+            compared = compare_predictions(original, predicted, ids[:, 1:].flatten())
+            for bucket, found in sum_by_position(compared, len(own), ranges).items():
                 for metric, total in found.items():
                     sums[name][bucket][document][metric] += total
     return {name: {bucket: columns(rows) for bucket, rows in of.items()} for name, of in sums.items()}
@@ -84,6 +88,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--retrieval-block-size", type=int, default=None)
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--windows", type=int, default=3, help="windows of each document")
+    parser.add_argument("--batch-tokens", type=int, default=1, help="tokens at once, in whole windows of a document")
     parser.add_argument("--calibration-tokens", type=int, default=32768)
     parser.add_argument("--calibration-queries", type=int, default=512, help="sampled queries of each head")
     parser.add_argument("--finetuned", default=None, help="folder that bsbr finetune wrote, to be measured beside")
@@ -102,6 +107,8 @@ def make_models(original: PreTrainedModel, args: argparse.Namespace) -> tuple[BS
     settings = {"converted": config, "uncalibrated": config, "moba": dropped}
     if args.top_k:
         settings["moba_spread"] = dropped
+    else:  # nothing but the own block
+        settings["local"] = settings.pop("moba")
     models = {"original": original} | {name: convert(original, its) for name, its in settings.items()}
     if args.finetuned is not None:
         finetuned = load_model(args.finetuned).to(args.device)
@@ -135,7 +142,7 @@ def make_rows(measured: dict[str, Any], args: argparse.Namespace, ranges: Ranges
 def main() -> None:
     """Convert, calibrate, measure, and write the result."""
     args = arguments()
-    original, tokenizer = load_model(args.model).to(args.device), load_tokenizer(args.model)
+    original, tokenizer = prepare_dense(load_model(args.model).to(args.device)), load_tokenizer(args.model)
     documents, calibration_text = read_documents(args.text), read_text(args.calibration_text)
     windows = spread_windows(tokenizer, documents, args.length, args.windows)
     if sum(map(bool, windows)) < 2:
@@ -153,7 +160,7 @@ def main() -> None:
     if "moba_spread" in models:
         calibrate(models["moba_spread"], calibration_text, tokenizer=tokenizer, progress=True, **chosen)
     ranges = position_buckets(args.length, first=args.block_size, after=args.after)
-    measured = measure(models, windows, ranges)
+    measured = measure(models, windows, ranges, max(1, args.batch_tokens // args.length))
     rows, table = make_rows(measured, args, ranges)
     head = header(
         status="complete",

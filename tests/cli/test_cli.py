@@ -139,7 +139,7 @@ def test_a_sweep_writes_its_file_plots_and_report(tiny, tmp_path, capsys):
     again = json.loads((tmp_path / "r" / "sweep.json").read_text())
     assert again["digest"] == content["digest"]
     assert main(sweep(tiny, tmp_path / "r")) == 2
-    assert "holds an earlier run" in capsys.readouterr().err
+    assert "holds an earlier run. Add --resume or --overwrite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_finetune_saves_a_model_its_figures_and_a_plot(tiny, tmp_path, capsys):
     assert {row["stage"] for row in record["history"]} == {"transfer", "distill"}
     assert (output / "finetune.png").read_bytes().startswith(b"\x89PNG")
     assert main(command) == 2
-    assert "holds an earlier run" in capsys.readouterr().err
+    assert "holds an earlier run. Choose another folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,7 @@ def test_draws_follow_the_seed(folders, capsys):
         (["--file", "missing.txt"], "no such file"),
         (["--prompt", "a", "--max-new-tokens", "0"], "at least 1"),
         (["--prompt", "a", "--max-new-tokens", "1000"], "160 positions"),
+        (["--prompt", "a", "--max-length", "0"], "--max-length 0"),
         (["--prompt", "a", "--temperature", "-1"], "--temperature"),
         (["--prompt", "a", "--temperature", "nan"], "--temperature"),
         (["--prompt", "a", "--top-p", "0"], "--top-p"),

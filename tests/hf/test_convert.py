@@ -170,6 +170,24 @@ def test_models_that_are_not_plain_decoders_are_refused(tiny):
         convert(tiny("gpt2"), {"block_size": 8})
 
 
+def test_encoders_are_refused_and_told_apart_from_decoders_of_the_same_type(logits, tokens):
+    from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel, RobertaConfig, RobertaForMaskedLM
+
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    bert, roberta = (kind(intermediate_size=32, **sizes) for kind in (BertConfig, RobertaConfig))
+    for model in (BertForMaskedLM(bert), BertLMHeadModel(bert), RobertaForMaskedLM(roberta)):
+        with pytest.raises(UserError, match="looks both ways") as refusal:
+            convert(model, SPARSE)
+        assert "\n" not in str(refusal.value)
+    decoder = BertLMHeadModel(BertConfig(intermediate_size=32, is_decoder=True, **sizes)).eval()
+    ids = tokens(1, 50)
+    assert (logits(convert(decoder, EVERYTHING), ids) - logits(decoder, ids)).abs().max() <= 1e-4
+    other = ids.clone()
+    other[0, -1] = 5
+    pair = [logits(convert(decoder, SPARSE), x) for x in (ids, other)]
+    assert torch.equal(pair[0][:, :-1], pair[1][:, :-1])
+
+
 def test_sliding_windows_stay_and_a_model_of_nothing_else_is_refused(tiny, tokens, logits):
     with pytest.raises(UserError, match="sliding_window=None"):
         convert(tiny("mistral", sliding_window=8), SPARSE)
@@ -192,8 +210,22 @@ def test_what_would_change_scores_is_refused(tiny, tokens, logits):
         converted.generate_batch([[1, 2]])
 
 
+def test_attention_weights_are_refused_not_left_out_in_silence(family, tiny, tokens, logits):
+    converted, ids = convert(tiny(family), SPARSE), tokens(1, 20)
+    for call in (
+        lambda: logits(converted, ids, output_attentions=True),
+        lambda: converted.generate(ids, max_new_tokens=2, output_attentions=True, return_dict_in_generate=True),
+    ):
+        with pytest.raises(NotImplementedError, match="no attention weights"):
+            call()
+    dense = revert(converted)
+    dense.set_attn_implementation("eager")
+    assert dense(ids, output_attentions=True).attentions[0].shape == (1, 4, 20, 20)
+
+
 def test_the_type_is_right_whether_the_config_was_made_or_read(tiny, tmp_path):
     tiny("gpt2").save_pretrained(tmp_path)
-    model = convert(str(tmp_path), SPARSE)
-    assert model.config.model_type == "bsbr-gpt2"
-    assert revert(model).config.model_type == "gpt2"
+    for place in (str(tmp_path), tmp_path):
+        model = convert(place, SPARSE)
+        assert model.config.model_type == "bsbr-gpt2"
+        assert revert(model).config.model_type == "gpt2"

@@ -104,6 +104,18 @@ def test_a_sliding_layer_cannot_be_asked_for(tiny):
         convert(tiny("gemma3_text"), SPARSE, layers=[0])
 
 
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss"])
+def test_drafts_are_rolled_back_behind_a_sliding_window(family, tiny, tokens):
+    """The drafter's own cache has sliding layers too, and is cut back when a draft is refused."""
+    model, ids = tiny(family, tie_word_embeddings=False), tokens(1, 37)
+    converted, drafter = convert(model, SPARSE), convert(model, BSBRConfig(dense_below=0, block_size=8, top_k=0))
+    settings = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
+    expected = converted.generate(ids, use_cache=False, **settings)
+    assert len(expected[0, 37:].unique()) > 4
+    for draft in ({"assistant_model": drafter}, {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}):
+        assert torch.equal(converted.generate(ids, **draft, **settings), expected)
+
+
 def test_calibration_takes_the_converted_layers(tiny, tokens):
     converted = convert(tiny("llama", num_hidden_layers=3), SPARSE, layers=[1])
     calibrate(converted, tokens(2, 256), tokens=512, length=256, queries_per_head=16, steps=5)

@@ -95,6 +95,33 @@ def test_an_adapter_finds_its_converted_base_and_merges(tiny, tokens, logits, tm
     assert type(revert(again)) is type(tiny("llama"))
 
 
+def test_an_adapter_never_names_a_base_with_another_attention(tiny, tokens, logits, tmp_path):
+    """peft asks nothing of the model it loads, so what stands in an adapter must not be the dense original."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    tiny("llama").save_pretrained(tmp_path / "dense")
+    dense = load_model(tmp_path / "dense")
+    in_memory = convert(dense, SPARSE)
+    in_memory.save_pretrained(tmp_path / "converted")
+    saved = load_model(tmp_path / "converted")
+    for name, model, base in (
+        ("converted in memory", in_memory, None),
+        ("with other settings in memory", convert(saved, BSBRConfig(dense_below=0, block_size=4, top_k=1)), None),
+        ("reverted in memory", revert(saved), None),
+        ("converted", saved, "converted"),
+        ("dense", revert(in_memory), "dense"),
+    ):
+        adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        adapted.save_pretrained(tmp_path / "adapters" / name)
+        if base is None:
+            with pytest.raises(OSError, match="in memory: save it and load its folder"):
+                peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapters" / name)
+        else:
+            loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapters" / name)
+            assert loaded.peft_config["default"].base_model_name_or_path == str(tmp_path / base)
+            assert type(loaded.get_base_model()) is type(model)
+    assert in_memory.name_or_path == dense.name_or_path, "other tools look for the tokenizer there"
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_it_gives_the_same(tiny, tokens):
     """Without code generation, which takes long: what goes wrong with a graph goes wrong before it."""

@@ -1,6 +1,7 @@
 """Calibration moves the five scalars towards exact attention, the same way each time, and never away from it."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -176,6 +177,24 @@ def test_a_text_is_tokenised_with_the_models_tokenizer(repeats: int, monkeypatch
     monkeypatch.setattr("bsbr.training.calibrate._accept", lambda *_: None)  # random weights gain by chance only
     calibrate(model, "\n<|endoftext|>\n".join(documents), tokenizer=tokenizer, tokens=512, queries_per_head=32, steps=5)
     assert not torch.equal(scalars(model)[0, 0], torch.tensor(UNCALIBRATED))
+
+
+@pytest.mark.parametrize("far", ["moments", "drop"])
+def test_heads_that_read_different_numbers_are_fitted_together(far: str) -> None:
+    config = BSBRConfig(block_size=8, top_k=2, far=far, dense_below=0)
+    sample = random_sample(config)
+    calibration = torch.tensor(UNCALIBRATED) + 0.1 * torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    numbers = [0, 0, 3, 1000]  # nothing, and more than there is
+    calibration.requires_grad_()
+    together = attention_output(sample, config, calibration, torch.tensor(numbers))
+    for head, number in enumerate(numbers):
+        apart = attention_output(sample, replace(config, top_k=number), calibration)
+        assert torch.allclose(together[:, head], apart[:, head], atol=1e-6)
+    if far != "drop":
+        (gradient,) = torch.autograd.grad(together.square().sum(), calibration)
+        assert torch.isfinite(gradient).all()
+        assert gradient[2].abs().min() > 0
+        assert not gradient[3].any(), "what reads everything depends on no scalar"
 
 
 def blind_to_the_past(model: GPT2LMHeadModel) -> GPT2LMHeadModel:

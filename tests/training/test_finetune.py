@@ -94,7 +94,7 @@ def test_a_run_that_was_stopped_ends_where_an_unbroken_one_does(tokenizer, tmp_p
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr("bsbr.training.finetune._Watch.on_step_begin", interrupt)
+        patch.setattr("bsbr.training.finetune_trainer._Watch.on_step_begin", interrupt)
         with pytest.raises(KeyboardInterrupt):
             finetune(model, config, text=TEXT, tokenizer=tokenizer, output=tmp_path / "broken")
     with pytest.raises(UserError, match="--resume"):

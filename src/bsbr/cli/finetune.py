@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import sys
 from typing import TYPE_CHECKING, Any
 
 from bsbr.cli.deterministic import add_deterministic_argument
@@ -56,13 +57,13 @@ def run(args: argparse.Namespace) -> None:
     from bsbr.terminal import harmless
     from bsbr.training.finetune import finetune
 
-    output = check_output(args.output, "finetune.json", resume=args.resume, overwrite=False)
+    output = check_output(args.output, "finetune.json", resume=args.resume)
     model, tokenizer = load(args.model, device=str(_device(args.device, check_device)))
     text = read_calibration_text(args.text) or ""
     held_out = None if args.val is None else read_text(args.val)
     trained, record = finetune(
         model, config, text=text, tokenizer=tokenizer, held_out=held_out, output=output, resume=args.resume,
-        report_to=args.log_to,
+        report_to=args.log_to, command=["bsbr", *sys.argv[1:]],
     )  # fmt: skip
     save(trained.cpu(), tokenizer, output)
     write_atomic(output / "finetune.png", draw_finetuning(record))

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     from bsbr.hf.positions import check_length, extend_positions
 
     model, tokenizer = load(args.model, args.dtype, args.device)
-    if args.max_length:
+    if args.max_length is not None:
         model = extend_positions(model, args.max_length)
     ids = tokenizer(text, return_tensors="pt").input_ids.to(model.device)
     if not ids.shape[1]:
@@ -53,6 +53,8 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse numbers out of range before anything is loaded."""
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
+    if args.max_length is not None and args.max_length < 1:
+        raise UserError(f"--max-length {args.max_length}: must be at least 1")
     if not 0 <= args.temperature < float("inf"):
         raise UserError(f"--temperature {args.temperature}: must be 0 or a positive number, as 0.8")
     if not 0 < args.top_p <= 1:
@@ -82,6 +84,8 @@ def _generate(args: argparse.Namespace, model: Any, tokenizer: Any, ids: Any) ->
     from bsbr.cli.streaming import TerminalStreamer
 
     cache = _cache(model, args.cache)
+    if sys.stderr.isatty():  # a long text takes a while before the first word
+        print(f"reading {ids.shape[1]:,} tokens ...", file=sys.stderr)
     streamer = TerminalStreamer(tokenizer)
     draw = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
     torch.manual_seed(args.seed)
@@ -95,7 +99,7 @@ def _generate(args: argparse.Namespace, model: Any, tokenizer: Any, ids: Any) ->
     first = streamer.first_token or ended
     speed = f"{(written - 1) / (ended - first):.1f} tokens/s" if written > 1 else "one token"
     print(
-        f"{ids.shape[1]} tokens read in {first - started:.2f} s, {written} written, {speed}, {_memory(cache)}",
+        f"{ids.shape[1]:,} tokens read in {first - started:.2f} s, {written} written, {speed}, {_memory(cache)}",
         file=sys.stderr,
     )
 

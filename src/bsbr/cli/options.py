@@ -96,14 +96,14 @@ def check_device(name: str) -> "torch.device":
     return device
 
 
-def check_output(folder: str, marker: str, *, resume: bool, overwrite: bool) -> Path:
+def check_output(folder: str, marker: str, *, resume: bool | None = None, overwrite: bool | None = None) -> Path:
     """Check that an output folder can be written before long work starts, and clear what a killed run left there.
 
     Args:
         folder: the folder; made if missing.
         marker: the file that says that an earlier run has written there.
-        resume: an earlier run may go on.
-        overwrite: an earlier run may be replaced.
+        resume: an earlier run may go on; None where the sub-command has no --resume.
+        overwrite: an earlier run may be replaced; None where the sub-command has no --overwrite.
     Returns:
         The folder.
     Raises:
@@ -113,7 +113,9 @@ def check_output(folder: str, marker: str, *, resume: bool, overwrite: bool) -> 
     if path.exists() and not path.is_dir():
         raise UserError(f'output "{folder}": is a file. Choose a folder')
     if (path / marker).exists() and not resume and not overwrite:
-        raise UserError(f'output "{folder}": holds an earlier run. Add --resume, --overwrite or choose another')
+        ways = [f"--{name}" for name, value in (("resume", resume), ("overwrite", overwrite)) if value is not None]
+        instead = f"Add {' or '.join(ways)}, or choose another folder" if ways else "Choose another folder"
+        raise UserError(f'output "{folder}": holds an earlier run. {instead}')
     check_writable(path)
     remove_temporaries(path)
     return path

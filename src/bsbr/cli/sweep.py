@@ -29,8 +29,11 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--units", type=lengths, help="retrieval block sizes; None: the block size")
     group.add_argument("--windows", type=int, default=1, help="windows of each document, of --lengths tokens each")
     group.add_argument("--after", type=int, help="first position of the main figures; None: a quarter of a window")
+    group.add_argument("--batch-tokens", type=int, default=8192, help="tokens that go through a model at once")
+    group.add_argument("--time-device", help="cpu or cuda, where models are timed; None: as --device")
     group.add_argument("--calibration-tokens", type=int, default=16384, help="tokens read by each calibration")
     group.add_argument("--calibration-queries", type=int, default=128, help="queries of each head it samples")
+    group.add_argument("--calibration-steps", type=int, default=200, help="steps of each fit")
 
 
 def run_sweep_command(args: argparse.Namespace, command: list[str]) -> None:
@@ -47,7 +50,8 @@ def run_sweep_command(args: argparse.Namespace, command: list[str]) -> None:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag}: a sweep has --budgets, --units and --lengths instead. Leave {flag} out")
     output = check_output(args.output, "sweep_records.jsonl", resume=args.resume, overwrite=args.overwrite)
-    check_device(args.device)
+    for device in filter(None, (args.device, args.time_device)):
+        check_device(device)
     units = args.units or (args.block_size,)
 
     from dataclasses import replace
@@ -60,6 +64,7 @@ def run_sweep_command(args: argparse.Namespace, command: list[str]) -> None:
     from bsbr.evaluation.sweep import run_sweep
     from bsbr.evaluation.sweep_points import SweepConfig
     from bsbr.evaluation.sweep_table import sweep_tables
+    from bsbr.hf.exact import prepare_dense
     from bsbr.hf.positions import max_positions
     from bsbr.report import render
     from bsbr.training.calibrate import calibrate
@@ -67,6 +72,7 @@ def run_sweep_command(args: argparse.Namespace, command: list[str]) -> None:
     attention = replace(attention_config(args), top_k=1, retrieval_block_size=None, dense_below=0)
     text = read_calibration_text(args.calibrate)
     original, tokenizer, texts = load_with_texts(args.model, args.text, args.dtype, args.device)
+    prepare_dense(original)
     config = SweepConfig(
         attention=attention,
         budgets=args.budgets,
@@ -75,11 +81,18 @@ def run_sweep_command(args: argparse.Namespace, command: list[str]) -> None:
         windows=args.windows,
         documents=6 if args.documents is None else args.documents,
         after=args.after,
+        batch_tokens=args.batch_tokens,
         speed=SpeedSettings(rounds=-(-args.repeats // 2), budget_s=60.0, least_rounds=2),
         seed=args.seed,
         device=args.device,
+        time_device=args.time_device,
     )
-    chosen = {"tokens": args.calibration_tokens, "queries_per_head": args.calibration_queries, "seed": args.seed}
+    chosen = {
+        "tokens": args.calibration_tokens,
+        "queries_per_head": args.calibration_queries,
+        "steps": args.calibration_steps,
+        "seed": args.seed,
+    }
 
     def fit(model: Any, length: int) -> None:
         calibrate(model, text or "", tokenizer=tokenizer, length=length, **chosen)

@@ -116,10 +116,11 @@ def pack_documents(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]
         Token ids.
     """
     ids: list[int] = []
-    for document in split_documents(text):
-        if ids and tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)
-        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+    for batch in _batches(split_documents(text)):  # several at once: a tokenizer written in Rust uses all cores
+        for own in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+            if ids and tokenizer.eos_token_id is not None:
+                ids.append(tokenizer.eos_token_id)
+            ids += own
     return ids
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bsbr.errors import UserError
-from bsbr.files import write_atomic
+from bsbr.files import write_atomic, write_error
 
 SCHEMA = "bsbr.records"
 VERSION = 2
@@ -142,18 +142,20 @@ class RecordStore:
             while data:
                 data = data[os.write(self._file, data) :]
         except OSError as error:
-            raise UserError(
-                f'records "{self.path.name}" cannot be written: {error.strerror or error}. '
-                "Free some space, then go on with --resume"
-            ) from error
+            raise write_error("records", Path(self.path.name), error) from error
         self._records[name] = made["content"]
 
     def close(self) -> None:
         """Flush to the disk and close; a second call does nothing."""
-        if self._file >= 0:
-            os.fsync(self._file)
-            os.close(self._file)
-            self._file = -1
+        if self._file < 0:
+            return
+        handle, self._file = self._file, -1
+        try:
+            os.fsync(handle)
+        except OSError as error:
+            raise write_error("records", Path(self.path.name), error) from error
+        finally:
+            os.close(handle)
 
     def _read(self, protocol: str) -> int:
         """Load the whole lines and return how many bytes they take."""

@@ -1,5 +1,6 @@
 """The sweep: quality of several methods against the share of keys read and against time, resumable."""
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -178,15 +179,23 @@ class _Pass:
             return
         self.progress.check()
         self.progress.stage(f"{length} tokens", "timing")
-        ids, config = batch.ids[:1].to(self.sweep.config.device), self.sweep.config
+        config = self.sweep.config
+        device = config.time_device or config.device
+        ids = batch.ids[:1].to(device)
         timed = {ORIGINAL: self.original, FLOOR: convert(self.original, ValueOnlyConfig())}
         for (method, point), model in models.items():
             if method in TIMED or (method == "uncalibrated" and self.calibrate is None):
                 timed[f"{method}/{point.unit}/{point.top_k}"] = model
+        timed = {name: _on(model, device) for name, model in timed.items()}
         last = all(map(keeps_logits, timed.values()))
         calls = {name: prefill_call(model, ids, last_logits_only=last) for name, model in timed.items()}
-        self.store.append(key, {"seconds": time_calls(calls, config.speed, device=config.device), "last_logits": last})
+        self.store.append(key, {"seconds": time_calls(calls, config.speed, device=device), "last_logits": last})
         self.progress.advance(self.sweep.work[key])
+
+
+def _on(model: Any, device: str) -> Any:
+    """The model where it is timed: itself, or a copy on another device."""
+    return model if model.device.type == torch.device(device).type else copy.deepcopy(model).to(device)
 
 
 def _check(original: Any, config: SweepConfig) -> None:

@@ -68,6 +68,9 @@ class SweepConfig:
     device: str = "cpu"
     """Where the models are."""
 
+    time_device: str | None = None
+    """Where they are timed; None means where they are."""
+
     def __post_init__(self) -> None:
         for name, least in (("windows", 1), ("documents", 1), ("batch_tokens", 1), ("seed", 0)):
             if getattr(self, name) < least:

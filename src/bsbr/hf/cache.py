@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from bsbr.config import BSBRConfig
 from bsbr.errors import UserError
 from bsbr.hf.families import NAME
+from bsbr.hf.masked_call import read_mask
 from bsbr.hf.mixers import is_converted, layer_settings, read_settings
 from bsbr.ops.block_cache import Mode, check_mode
 from bsbr.ops.shared_cache import block_cache
@@ -165,10 +166,11 @@ class BSBRLayer(CacheLayerMixin):
         (rows, queries), held = q.shape[:2], self.blocks.lengths or [0] * q.shape[0]
         if len(held) != rows:
             raise ValueError(f"the cache holds {len(held)} rows, got {rows}: use a cache for each batch")
-        call = _read_mask(mask, rows, self._slots, queries)
+        call = read_mask(mask, rows, self._slots, queries)
         if call.past != held:
             raise NotImplementedError(
-                "the attention mask says something else about tokens that the cache holds than it did when they came"
+                "the attention mask says something else about tokens that the cache holds than it did when they came; "
+                "without a mask, generate takes every pad token for padding, even one it wrote: give attention_mask"
             )
         self._slots, self._mask = self._slots + queries, mask
         if call.order is None:
@@ -285,27 +287,3 @@ def layer_of(key: Tensor) -> BSBRLayer | None:
         The layer, or None where they are from elsewhere.
     """
     return getattr(key, _LAYER, None)
-
-
-class _MaskedCall:
-    """What a mask says about one call: real tokens of each row before it and in it, and where these stand."""
-
-    def __init__(self, past: list[int], counts: list[int] | None, order: Tensor | None) -> None:
-        self.past, self.counts, self.order = past, counts, order
-
-
-def _read_mask(mask: Tensor | None, rows: int, slots: int, queries: int) -> _MaskedCall:
-    """Read a mask; what was read is kept with it, since every layer of a model asks."""
-    if mask is None:
-        return _MaskedCall([slots] * rows, None, None)
-    kept: dict[tuple[int, int], _MaskedCall] = getattr(mask, "_bsbr_calls", {})
-    if (slots, queries) not in kept:
-        real = mask[:, 0, 0] > 0
-        new = real[:, slots:]
-        past, counts = torch.stack([real[:, :slots].sum(1), new.sum(1)]).tolist()
-        order = None
-        if min(counts) < queries:  # real tokens first, in their order; a row keeps one slot even if it has none
-            order = (~new).int().argsort(dim=1, stable=True)[:, : max(1, *counts)]
-        kept[slots, queries] = _MaskedCall(past, counts if order is not None else None, order)
-        mask._bsbr_calls = kept  # type: ignore[attr-defined]
-    return kept[slots, queries]

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from bsbr.config import BSBRConfig
 from bsbr.errors import UserError
-from bsbr.hf.families import LAYERS, NAME, bypass_message, dispatches, stock_classes
+from bsbr.hf.families import LAYERS, NAME, bypass_message, dispatches, is_encoder, stock_classes
 from bsbr.hf.loading import load_model
 from bsbr.hf.mixers import MIXERS, MixerConfig, read_settings, write_settings
 from bsbr.hf.modeling import BSBRModelMixin, attach, attention_modules, derive, detach
@@ -19,9 +20,12 @@ from bsbr.hf.sharing import share
 _KEPT = "_bsbr_dense_attention"
 """Attribute of a converted model: the attention implementation it had."""
 
+_KEPT_NAME = "_bsbr_dense_name"
+"""Attribute of a converted model: the folder or name its original was loaded by."""
+
 
 def convert(
-    model_or_name: PreTrainedModel | str,
+    model_or_name: PreTrainedModel | str | Path,
     config: MixerConfig,
     *,
     max_length: int | None = None,
@@ -62,11 +66,12 @@ def convert(
         'bsbr-gpt2'
     """
     settings = write_settings(config)
-    source = load_model(model_or_name) if isinstance(model_or_name, str) else model_or_name
+    source = load_model(model_or_name) if isinstance(model_or_name, str | Path) else model_or_name
     _check(source)
     _check_sinks(source, settings["mixer"])
     chosen = _choose(source, layers)
     model = share(source) if max_length is None else extend_positions(source, max_length)
+    model.name_or_path = _unsaved(source, "converted")
     if isinstance(source, BSBRModelMixin):
         same_layers = chosen == getattr(source.config, LAYERS, None)
         calibrated = _with_calibration(source.config.bsbr, settings) if same_layers else None
@@ -79,6 +84,7 @@ def convert(
         return model
     config_class, model_class = derive(source.config.model_type)
     setattr(model, _KEPT, source.config._attn_implementation)
+    setattr(model, _KEPT_NAME, source.name_or_path)
     model.__class__, model.config.__class__ = model_class, config_class
     vars(model.config).pop("model_type", None)  # a config that was read from a file has the old one beside its class's
     _write(model, settings, chosen)
@@ -111,7 +117,13 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     forget_classes(dense.config)
     default = "sdpa" if stock_model._supports_sdpa else "eager"
     dense.set_attn_implementation(dense.__dict__.pop(_KEPT, default))
+    dense.name_or_path = dense.__dict__.pop(_KEPT_NAME, _unsaved(model, "reverted"))
     return dense
+
+
+def _unsaved(source: PreTrainedModel, how: str) -> str:
+    """What stands in an adapter (peft) in place of its base: nothing that could be loaded with another attention."""
+    return f"{source.config._name_or_path or source.config.model_type} {how} in memory: save it and load its folder"
 
 
 def _write(model: PreTrainedModel, settings: dict[str, Any], layers: list[int] | None) -> None:
@@ -159,6 +171,11 @@ def _check(model: Any) -> None:
     if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
         raise UserError(
             f"models of type {config.model_type} with cross-attention cannot be converted: only decoder-only models can"
+        )
+    if is_encoder(config):
+        raise UserError(
+            f"models of type {config.model_type} are encoders, whose attention looks both ways, and cannot be "
+            "converted: BSBR attention is causal, give a decoder-only language model"
         )
     classes = stock_classes(config.model_type)
     if classes is None or not dispatches(config.model_type):

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 NAME = "bsbr"
 """Name of the attention implementation, and of the attribute of configs and modules that holds our part."""
@@ -54,6 +54,22 @@ def dispatches(model_type: str) -> bool:
     """
     classes = stock_classes(model_type)  # a derived class would always answer yes
     return classes is not None and classes[1]._can_set_attn_implementation()
+
+
+def is_encoder(config: PreTrainedConfig) -> bool:
+    """Say whether a model's attention looks both ways, so that ours, which is causal, cannot stand in.
+
+    Args:
+        config: the model's.
+    Returns:
+        True for encoders such as BERT, unless they are set up as decoders.
+
+    Example:
+        >>> from transformers import BertConfig, GPT2Config
+        >>> is_encoder(BertConfig()), is_encoder(BertConfig(is_decoder=True)), is_encoder(GPT2Config())
+        (True, False, False)
+    """
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
 
 
 def bypass_message(model_type: str) -> str:

@@ -87,7 +87,7 @@ def read_settings(values: Mapping[str, Any] | None, layer: int | None = None) ->
     if not isinstance(values or {}, Mapping):
         raise UserError(f"the model's bsbr settings are not valid: expected a table, got {values!r}")
     try:
-        return _read(tuple((name, _frozen(value)) for name, value in values.items()) if values else (), layer)
+        return _read(tuple((name, _frozen(x), type(x)) for name, x in values.items()) if values else (), layer)
     except TypeError as error:  # a list or table cannot be looked up, and is no setting either
         raise UserError(f"the model's bsbr settings are not valid: {error}") from error
 
@@ -138,8 +138,8 @@ def is_converted(config: Any, layer: int) -> bool:
 
 
 @lru_cache(maxsize=256)  # called by every layer at every step
-def _read(items: tuple[tuple[str, Any], ...], layer: int | None) -> tuple[Mixer, Any]:
-    values = dict(items)
+def _read(items: tuple[tuple[str, Any, type], ...], layer: int | None) -> tuple[Mixer, Any]:
+    values = {name: value for name, value, _ in items}  # the type tells True and 1.0 from 1, which look up as one
     name = values.pop("mixer", "bsbr")
     if name not in MIXERS:
         raise UserError(f"unknown mixer {name!r}: expected one of {', '.join(MIXERS)}")

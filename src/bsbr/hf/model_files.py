@@ -108,6 +108,8 @@ def check_sizes(folder: Path, config: dict[str, Any], weights: Weights) -> None:
             _refuse(folder, key, value, f"at most {_LARGEST}")
         if _LAYERS.fullmatch(name) and not 1 <= value <= weights.tensors:
             _refuse(folder, key, value, f"from 1 to {weights.tensors}, the number of weights in its files")
+        if name.endswith(("_eps", "_epsilon")) and not 0 <= value <= 1:
+            _refuse(folder, key, value, "from 0 to 1")
         if match := _SIZES.fullmatch(name):
             most = _LARGEST if match[2] else weights.elements  # positions may be computed and cost nothing
             if not 1 <= value <= most:

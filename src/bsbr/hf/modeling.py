@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
@@ -43,6 +43,15 @@ class BSBRModelMixin:
             config._attn_implementation = NAME
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         attach(self)  # type: ignore[arg-type]
+
+    @property
+    def name_or_path(self) -> str:
+        """The folder or name that the model, or its original, was loaded by: where its tokenizer is."""
+        return self.config._name_or_path
+
+    @name_or_path.setter
+    def name_or_path(self, name: str) -> None:
+        vars(self)["name_or_path"] = name  # peft writes this entry into adapters, as the base to load: see `convert`
 
     def initialize_weights(self) -> None:
         """Give our parameters their first values where no file had them, then the family's theirs."""
@@ -97,7 +106,9 @@ class BSBRModelMixin:
             and self.config._attn_implementation == NAME
             and keeps_summaries(self.config)
         ):
-            model_kwargs["past_key_values"] = BSBRCache(self.config)
+            cache = model_kwargs["past_key_values"] = BSBRCache(self.config)
+            if generation_config.is_assistant and hasattr(cache, "activate_past_recording"):
+                cache.activate_past_recording()  # a refused draft brings back what has left a sliding window
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
@@ -154,7 +165,7 @@ def derive(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
     strict = set(getattr(stock_model, "_keep_in_fp32_modules_strict", None) or ())
     model_class: Any = type(
         f"BSBR{stock_model.__name__}",
-        (BSBRModelMixin, stock_model),
+        (BSBRModelMixin, stock_model, GenerationMixin),  # named again, as transformers wants it of every model class
         {
             **common,
             "config_class": config_class,
@@ -230,6 +241,18 @@ def attach(model: PreTrainedModel) -> None:
         if getattr(parameters, "wants_hidden", False):
             module.register_forward_pre_hook(keep_hidden, with_kwargs=True)
     guard_positions(model)
+    remove_hook(model, refuse_attention_weights)
+    model.register_forward_pre_hook(refuse_attention_weights, with_kwargs=True)
+
+
+def refuse_attention_weights(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a converted model: transformers would return none of the weights, without a word.
+
+    Raises:
+        NotImplementedError: attention weights are asked for.
+    """
+    if kwargs.get("output_attentions") and model.config._attn_implementation == NAME:
+        raise NotImplementedError("bsbr attention computes no attention weights: leave output_attentions off")
 
 
 def detach(model: PreTrainedModel) -> None:
@@ -243,6 +266,7 @@ def detach(model: PreTrainedModel) -> None:
             del module.bsbr
         remove_hook(module, keep_hidden)
     guard_positions(model, on=False)
+    remove_hook(model, refuse_attention_weights)
 
 
 for _family in FAMILIES:

@@ -54,6 +54,8 @@ def resolve_backend(
     obstacle: str | None
     if on_gpu and torch.is_grad_enabled() and torch.are_deterministic_algorithms_enabled():
         obstacle = "the kernels add gradients in no fixed order"
+    elif on_gpu and backend == "auto" and q.dtype == torch.float32:
+        obstacle = "in float32 the kernels are for checks"
     elif on_gpu:
         obstacle = "the kernels have no sinks" if sinks is not None else why_not_triton(*of_call)
     else:

@@ -172,7 +172,7 @@ def _forward_sparse(
     if not q.shape[2]:
         return o, lse, chosen
     field = _summarize(plan, every_q, k, v, calibration)
-    for segment in plan.segments(q.shape[0] * q.shape[1]):
+    for segment in plan.segments(q.shape[0] * q.shape[1], q.device.type):
         rows = segment.rows
         if given is not None:
             chosen[..., rows] = given[..., rows]
@@ -235,7 +235,7 @@ def _backward(
     do, q, o, lse, sparse_dq = (x[:, :, dense:] for x in (do, q, o, lse, dq))
     field = far.FarField(*(None if x is None else x.detach() for x in traced[:5]), plan.scale)  # type: ignore[arg-type, call-arg]
     gradients = far.zero_gradients(field)
-    for segment in plan.segments(q.shape[0] * q.shape[1]):
+    for segment in plan.segments(q.shape[0] * q.shape[1], q.device.type):
         _backward_segment(segment, field, gradients, chosen, do, q, k, v, o, lse, sparse_dq, dk, dv)
     if plan.config.top_k:
         tiles = retrieved.plan_tiles(chosen, plan.num_past // plan.config.unit)

@@ -83,6 +83,9 @@ def scores(config: BSBRConfig, field: FarField, q: Tensor, blocks: range) -> Ten
     count = blocks[-1] * per_block
     mass = _masses(config, q, field.mean_k[:, :count], field.var_k[:, :count], field.calibration, field.scale)
     rows = q.shape[2] // len(blocks)
+    if mass.is_cuda:  # one launch for all local blocks
+        own = torch.arange(blocks.start, blocks.stop, device=mass.device).repeat_interleave(rows)
+        return mass.masked_fill_(_not_past(count, own, per_block), -math.inf)
     for i, block in enumerate(blocks[:-1]):
         mass[:, :, block * per_block :, i * rows : (i + 1) * rows] = -math.inf
     return mass

@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-_ROWS = 16384
+_ROWS = {"cpu": 1 << 14, "cuda": 1 << 18}
 """Query rows worked on at once: enough to fill dense calls, few enough to bound memory."""
 
 Group = tuple[slice, slice]
@@ -16,7 +16,7 @@ Group = tuple[slice, slice]
 Result = TypeVar("Result")
 
 
-def head_groups(batch: int, key_heads: int, rows_per_head: int, workers: int) -> list[Group]:
+def head_groups(batch: int, key_heads: int, rows_per_head: int, workers: int, device: str = "cpu") -> list[Group]:
     """Cut batch rows and key heads into groups that are worked on together.
 
     Args:
@@ -24,6 +24,7 @@ def head_groups(batch: int, key_heads: int, rows_per_head: int, workers: int) ->
         key_heads: key heads of a row.
         rows_per_head: query rows that belong to one key head.
         workers: groups that run at the same time; there should be enough for all.
+        device: type of the device.
     Returns:
         (rows, key heads) of each group: several whole rows, or several heads of one row.
 
@@ -31,7 +32,8 @@ def head_groups(batch: int, key_heads: int, rows_per_head: int, workers: int) ->
         >>> head_groups(2, 4, 8192, 1)[0]
         (slice(0, 1, None), slice(0, 2, None))
     """
-    wanted = max(1, min(_ROWS // max(1, rows_per_head), -(-batch * key_heads // workers)))
+    most = _ROWS.get(device, _ROWS["cpu"])
+    wanted = max(1, min(most // max(1, rows_per_head), -(-batch * key_heads // workers)))
     rows, heads = (wanted // key_heads, key_heads) if wanted >= key_heads else (1, wanted)
     return [
         (slice(b, min(b + rows, batch)), slice(h, min(h + heads, key_heads)))
@@ -53,7 +55,8 @@ def cut_heads(q: Tensor, k: Tensor) -> list[Group]:
         >>> cut_heads(torch.zeros(1, 40000, 4, 8), torch.zeros(1, 40000, 2, 8))
         [(slice(0, 1, None), slice(0, 1, None)), (slice(0, 1, None), slice(1, 2, None))]
     """
-    return head_groups(k.shape[0], k.shape[2], q.shape[2] // k.shape[2] * q.shape[1], _threads(q))
+    rows_per_head = q.shape[2] // k.shape[2] * q.shape[1]
+    return head_groups(k.shape[0], k.shape[2], rows_per_head, _threads(q), q.device.type)
 
 
 def each_group(work: Callable[[int, Group], Result], q: Tensor, k: Tensor) -> list[Result]:

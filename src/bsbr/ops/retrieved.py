@@ -6,7 +6,8 @@ idea of FlashMoBA (arXiv 2511.11571) in plain tensors.
 The queries of a block fill whole tiles, the last one padded: a matrix product then works on whole tiles of rows
 whatever the choice, so that what later tokens choose cannot change an earlier result by a single bit.
 
-A block is little work, so each step writes into tensors made once, and all views of them are made at once.
+A block is little work, so each step writes into tensors made once, and all views of them are made at once. On a GPU
+many tiles are one call instead (`bsbr.ops.retrieved_batched`).
 """
 
 import math
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from bsbr.ops.exponentials import LOG2_E, exp_
+from bsbr.ops.retrieved_batched import attend_tiles, attend_tiles_backward
 from bsbr.ops.tiles import Dropout
 
 _ROWS = 64
@@ -42,6 +44,12 @@ class Tiles(NamedTuple):
         for block, count in enumerate(self.counts):
             if count:
                 yield block, [x[block] for x in parts]
+
+    def tile_blocks(self) -> Tensor:
+        """The block of each tile, [tiles] int64."""
+        device = self.query.device
+        counts = torch.tensor(self.counts, device=device)
+        return torch.arange(len(self.counts), device=device).repeat_interleave(counts)
 
     def workspace(self, *widths: int, like: Tensor) -> list[Tensor]:
         """Make tensors that can hold the rows of any block, [rows, width], in the dtype of `like`."""
@@ -105,18 +113,13 @@ def merge_retrieved(
         o and lse over the former keys and the chosen blocks together.
     """
     q = q.reshape(-1, q.shape[-1]).to(lse.dtype)
-    keys, values = _base_two(blocks_k, scale, lse.dtype), blocks_v.to(lse.dtype).unbind()
+    keys, values = _base_two(blocks_k, scale, lse.dtype), blocks_v.to(lse.dtype)
     part_o = lse.new_empty(tiles.query.numel(), o.shape[-1])
     top, total = lse.new_empty(2, tiles.query.numel(), 1)
-    work_q, work = tiles.workspace(q.shape[1], blocks_k.shape[1], like=lse)
-    for block, (query, block_o, block_top, block_total) in tiles.blocks(tiles.query, part_o, top, total):
-        own_q, weights = work_q[: len(query)], work[: len(query)]
-        torch.mm(torch.index_select(q, 0, query, out=own_q), keys[block], out=weights)
-        torch.amax(weights, 1, True, out=block_top)
-        torch.sum(weights.sub_(block_top).exp2_(), 1, True, out=block_total)
-        if dropout.p:
-            weights *= dropout.mask(weights, offset + block)
-        torch.mm(weights, values[block], out=block_o)
+    if _batches(q, dropout):
+        attend_tiles(q, keys, values, tiles.query, tiles.tile_blocks(), part_o, top, total)
+    else:
+        _attend_blocks(tiles, q, keys, values, dropout, offset, part_o, top, total)
     top *= math.log(2)
     row, shape = tiles.row.flatten(), tiles.row.shape
     every_lse = torch.cat([lse.reshape(1, -1), (top + total.log())[row].view(shape)])  # [1 + top_k, Z * G * S]
@@ -126,6 +129,30 @@ def merge_retrieved(
     merged = embedding_bag(tiles.row.T.contiguous(), part_o, mode="sum", per_sample_weights=share.T.contiguous())
     merged.addcmul_(o.reshape(-1, o.shape[-1]), exp_(every_lse[0] - merged_lse)[:, None])
     return merged.view_as(o), merged_lse.view_as(lse)
+
+
+def _attend_blocks(
+    tiles: Tiles,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    dropout: Dropout,
+    offset: int,
+    part_o: Tensor,
+    top: Tensor,
+    total: Tensor,
+) -> None:
+    """What `attend_tiles` computes, block after block, with dropout."""
+    each_k, each_v = keys.unbind(), values.unbind()
+    work_q, work = tiles.workspace(q.shape[1], keys.shape[2], like=part_o)
+    for block, (query, block_o, block_top, block_total) in tiles.blocks(tiles.query, part_o, top, total):
+        own_q, weights = work_q[: len(query)], work[: len(query)]
+        torch.mm(torch.index_select(q, 0, query, out=own_q), each_k[block], out=weights)
+        torch.amax(weights, 1, True, out=block_top)
+        torch.sum(weights.sub_(block_top).exp2_(), 1, True, out=block_total)
+        if dropout.p:
+            weights *= dropout.mask(weights, offset + block)
+        torch.mm(weights, each_v[block], out=block_o)
 
 
 def retrieved_backward(
@@ -154,15 +181,41 @@ def retrieved_backward(
     do, q = do.reshape(-1, do.shape[-1]).to(wide), q.reshape(-1, shape[-1]).to(wide)
     delta = (do * o.reshape(-1, o.shape[-1])).sum(1)[tiles.query, None]
     row_lse = (LOG2_E * lse.reshape(-1))[tiles.query].masked_fill_(~tiles.used, torch.inf)  # padded rows weigh nothing
-    keys, wide_k, wide_v = _base_two(blocks_k, scale, wide), blocks_k.to(wide).unbind(), blocks_v.to(wide).mT.unbind()
+    keys, wide_k, wide_v = _base_two(blocks_k, scale, wide), blocks_k.to(wide), blocks_v.to(wide)
     dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (blocks_k, blocks_v))
     part_q = lse.new_empty(tiles.query.numel(), q.shape[-1])
+    if _batches(q, dropout):
+        attend_tiles_backward(
+            do, q, keys, wide_k, wide_v, tiles.query, tiles.tile_blocks(), row_lse[:, None], delta, part_q, dk, dv
+        )
+    else:
+        by_row = (row_lse[:, None], delta, part_q)
+        _attend_blocks_backward(tiles, do, q, keys, wide_k, wide_v, dropout, offset, by_row, dk, dv)
+    dq = embedding_bag(tiles.row.T.contiguous(), part_q, mode="sum")
+    return dq.mul_(scale).view(shape), dk.mul_(scale), dv
+
+
+def _attend_blocks_backward(
+    tiles: Tiles,
+    do: Tensor,
+    q: Tensor,
+    keys: Tensor,
+    blocks_k: Tensor,
+    blocks_v: Tensor,
+    dropout: Dropout,
+    offset: int,
+    by_row: tuple[Tensor, Tensor, Tensor],
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    """What `attend_tiles_backward` computes, block after block, with dropout; `by_row` is lse, delta and dq."""
+    each_key, each_k, each_v = keys.unbind(), blocks_k.unbind(), blocks_v.mT.unbind()
     unit = blocks_k.shape[1]
-    works = tiles.workspace(q.shape[1], do.shape[1], unit, unit, like=lse)
-    for block, (query, own_lse, own_delta, own_dq) in tiles.blocks(tiles.query, row_lse[:, None], delta, part_q):
+    works = tiles.workspace(q.shape[1], do.shape[1], unit, unit, like=dk)
+    for block, (query, own_lse, own_delta, own_dq) in tiles.blocks(tiles.query, *by_row):
         own_q, own_do, weights, dweights = (x[: len(query)] for x in works)
-        torch.mm(torch.index_select(q, 0, query, out=own_q), keys[block], out=weights).sub_(own_lse).exp2_()
-        torch.mm(torch.index_select(do, 0, query, out=own_do), wide_v[block], out=dweights)
+        torch.mm(torch.index_select(q, 0, query, out=own_q), each_key[block], out=weights).sub_(own_lse).exp2_()
+        torch.mm(torch.index_select(do, 0, query, out=own_do), each_v[block], out=dweights)
         kept = weights
         if dropout.p:
             mask = dropout.mask(weights, offset + block)
@@ -170,11 +223,14 @@ def retrieved_backward(
         torch.mm(kept.T, own_do, out=dv[block])
         dscores = dweights.sub_(own_delta).mul_(weights)
         torch.mm(dscores.T, own_q, out=dk[block])
-        torch.mm(dscores, wide_k[block], out=own_dq)
-    dq = embedding_bag(tiles.row.T.contiguous(), part_q, mode="sum")
-    return dq.mul_(scale).view(shape), dk.mul_(scale), dv
+        torch.mm(dscores, each_k[block], out=own_dq)
 
 
-def _base_two(blocks_k: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Keys whose products with queries are powers of two, [D, unit] of each block."""
-    return (blocks_k.to(dtype) * (scale * LOG2_E)).mT.unbind()
+def _batches(q: Tensor, dropout: Dropout) -> bool:
+    """Whether tiles go through in batches; a mask of dropout is drawn block by block."""
+    return q.is_cuda and not dropout.p
+
+
+def _base_two(blocks_k: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """Keys whose products with queries are powers of two, [Z * N, D, unit]."""
+    return (blocks_k.to(dtype) * (scale * LOG2_E)).mT

@@ -12,7 +12,8 @@ def select_blocks(scores: Tensor, top_k: int, selection: Selection) -> Tensor:
     """Choose the `top_k` blocks of largest score for every query.
 
     Exactly equal scores go to the lower block index, so a choice never depends on how memory is laid out. The best
-    are taken one by one along contiguous queries, which a CPU vectorises, where `torch.topk` goes row by row.
+    are taken one by one along contiguous queries, which a CPU vectorises, where `torch.topk` goes row by row; a GPU
+    sorts.
 
     Args:
         scores: [Z, G, N, S], -inf for a block that is not past; at least `top_k` others for every query. Those of
@@ -35,11 +36,20 @@ def select_blocks(scores: Tensor, top_k: int, selection: Selection) -> Tensor:
     return _take_best(scores, top_k)
 
 
+def _sort_best(scores: Tensor, top_k: int) -> Tensor:
+    """The same by one stable sort: on a GPU each of the many passes below would be several launches."""
+    chosen = scores.sort(dim=-2, descending=True, stable=True).indices[..., :top_k, :]
+    scores.scatter_(-2, chosen, -math.inf)
+    return chosen
+
+
 def _take_best(scores: Tensor, top_k: int) -> Tensor:
     """The best one after the other, each replaced by -inf.
 
     A maximum and comparisons that give 0 and 1 as floats are vectorised; a maximum with indices is not.
     """
+    if scores.is_cuda:
+        return _sort_best(scores, top_k)
     count = scores.shape[-2]
     earliness = torch.arange(count, 0, -1, dtype=scores.dtype, device=scores.device)[:, None]
     equal, chosen = torch.empty_like(scores), []

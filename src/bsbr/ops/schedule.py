@@ -6,8 +6,8 @@ from typing import NamedTuple
 from bsbr.config import BSBRConfig
 from bsbr.ops.tiles import Dropout
 
-_SCORES = 1 << 18
-"""Block scores held at once: a segment's scores should stay in a CPU core's cache."""
+_SCORES = {"cpu": 1 << 18, "cuda": 1 << 26}
+"""Block scores held at once: a segment's should stay in a CPU core's cache, and keep a GPU busy."""
 
 
 class Plan(NamedTuple):
@@ -39,22 +39,23 @@ class Plan(NamedTuple):
         """Keys before the local block of the last query: those that are summarised and retrieved."""
         return (self.stop - 1) // self.config.block_size * self.config.block_size
 
-    def segments(self, heads: int) -> list["Segment"]:
-        """Cut the sparse positions into runs of whole local blocks, or parts of one, small enough for a cache.
+    def segments(self, heads: int, device: str) -> list["Segment"]:
+        """Cut the sparse positions into runs of whole local blocks, or parts of one, as large as the device likes.
 
         Args:
             heads: query heads worked on together.
+            device: type of the device.
         Returns:
             Segments in order; together they cover the sparse positions.
         """
         size, unit = self.config.block_size, self.config.unit
-        segments, start = [], self.sparse_start
+        segments, start, most = [], self.sparse_start, _SCORES.get(device, _SCORES["cpu"])
         while start < self.stop:
             if start % size or self.stop - start < size:
                 stop = min(self.stop, (start // size + 1) * size)
             else:
                 # c blocks such that heads * c * size queries times the blocks past at their end fit
-                half, room = start / 2 / size, _SCORES * unit / (heads * size * size)
+                half, room = start / 2 / size, most * unit / (heads * size * size)
                 wanted = max(1, int(math.sqrt(half * half + room) - half))
                 stop = start + min(wanted, (self.stop - start) // size) * size
             segments.append(Segment(start, stop, self))

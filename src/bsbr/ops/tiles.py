@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_ELEMENTS = 1 << 22
+_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Scores held at once by the plain path: bounds its memory whatever the number of tiles."""
 
 
@@ -135,7 +135,8 @@ def _accumulator(x: Tensor) -> torch.dtype:
 
 
 def _parts(q: Tensor, k: Tensor) -> list[slice]:
-    step = max(1, _ELEMENTS // max(1, q.shape[1] * q.shape[2] * k.shape[1]))
+    most = _ELEMENTS.get(q.device.type, _ELEMENTS["cpu"])
+    step = max(1, most // max(1, q.shape[1] * q.shape[2] * k.shape[1]))
     return [slice(i, min(i + step, q.shape[0])) for i in range(0, q.shape[0], step)]
 
 

@@ -12,6 +12,7 @@ from bsbr.config import BSBRConfig
 from bsbr.data.tokenizer import pack_documents
 from bsbr.errors import UserError
 from bsbr.hf.convert import convert, revert
+from bsbr.hf.exact import prepare_dense
 from bsbr.hf.mixers import read_settings, write_settings
 from bsbr.hf.modeling import BSBRModelMixin, attention_modules
 from bsbr.hf.positions import check_length, max_positions
@@ -173,7 +174,7 @@ def _hold_out(windows: Tensor) -> tuple[Tensor, Tensor]:
 
 def _accept(model: PreTrainedModel, held_out: Tensor) -> None:
     """Take the calibration back where held-out windows show no gain from it."""
-    original = revert(model).eval()
+    original = prepare_dense(revert(model).eval())
     calibrated: dict[str, Any] = model.config.bsbr
     sparse = replace(read_settings(calibrated)[1], dense_below=0)
     models = {

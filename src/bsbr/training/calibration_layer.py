@@ -1,6 +1,7 @@
-"""Calibrating one layer: in parts that fit into memory, heads that read the same number of blocks together."""
+"""Calibrating one layer, in parts that fit into memory."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from bsbr.config import BSBRConfig
 from bsbr.ops.schedule import dense_until
-from bsbr.ops.shares import Share, shares_of, take_share
+from bsbr.ops.shares import take_share
 from bsbr.training.calibration_fit import fit_scalars
 from bsbr.training.calibration_sample import Sample, sample_positions, take_sample
 from bsbr.training.observe import one_thread
@@ -16,6 +17,9 @@ from bsbr.training.spread import error_curve
 
 _ELEMENTS = 1 << 26
 """Elements of the largest tensor of a sample."""
+
+_NOTHING = 1e-9
+"""Relative squared error of a head that reads everything: there is nothing to fit."""
 
 
 class Sampling(NamedTuple):
@@ -49,11 +53,17 @@ def fit_layer(
         config: the layer's settings, with a far field.
         steps: steps of Adam.
     """
-    every = Share(tuple(range(k.shape[1])), config)
-    for share in [every] if config.top_k_per_head is None else shares_of(config):
-        for heads, sample in _samples(share, sampling, q, k, v, scale):
-            fitted = fit_scalars(sample, share.config, steps=steps).calibration.to(scalars)
-            scalars.unflatten(0, (k.shape[1], -1))[list(heads)] = fitted.unflatten(0, (len(heads), -1))
+    group = q.shape[1] // k.shape[1]
+    uniform = replace(config, top_k_per_head=None)
+    for heads, sample in _samples(uniform, sampling, q, k, v, scale):
+        counts = None
+        if config.top_k_per_head is not None:
+            counts = torch.tensor([config.top_k_per_head[head] for head in heads]).repeat_interleave(group)
+        fit = fit_scalars(sample, uniform, steps=steps, counts=counts)
+        own = scalars.unflatten(0, (k.shape[1], -1))
+        before = own[list(heads)].flatten(0, 1)
+        fitted = torch.where(fit.before[:, None] > _NOTHING, fit.calibration.to(scalars), before)
+        own[list(heads)] = fitted.unflatten(0, (len(heads), -1))
 
 
 def judge_layer(
@@ -77,7 +87,7 @@ def judge_layer(
         Errors relative to the layer, as `bsbr.training.spread` describes them, [len(counts), H].
     """
     curves, norms = [], []
-    for heads, sample in _samples(Share(tuple(range(k.shape[1])), config), sampling, q, k, v, scale):
+    for heads, sample in _samples(config, sampling, q, k, v, scale):
         own = take_share(scalars, heads, k.shape[1], 0)
         curves.append(error_curve(sample, config, own, counts))
         norms.append(sample.target.square().sum())
@@ -85,10 +95,10 @@ def judge_layer(
 
 
 def _samples(
-    share: Share, sampling: Sampling, q: Tensor, k: Tensor, v: Tensor, scale: float
+    config: BSBRConfig, sampling: Sampling, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> Iterator[tuple[tuple[int, ...], Sample]]:
     """Key heads, and a sample of them; none where too little is sparse."""
-    config, key_heads = share.config, k.shape[1]
+    key_heads = k.shape[1]
     start = max(sampling.start, dense_until(config))
     if start + config.block_size > sampling.length:
         return
@@ -96,8 +106,8 @@ def _samples(
     positions = sample_positions(start, sampling.length, sampling.windows, queries, sampling.seed).to(q.device)
     per_head = q.shape[1] // key_heads * positions.numel() * (sampling.length // config.unit) * v.shape[-1]
     part = max(1, _ELEMENTS // per_head)
-    for first in range(0, len(share.heads), part):
-        heads = share.heads[first : first + part]
+    for first in range(0, key_heads, part):
+        heads = tuple(range(first, min(first + part, key_heads)))
         with one_thread():
             own = [take_share(x, heads, key_heads, 1) for x in (q, k, v)]
             yield heads, take_sample(own[0], own[1], own[2], positions, config, scale)

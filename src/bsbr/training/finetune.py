@@ -3,7 +3,8 @@
 import copy
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,24 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from bsbr.config import BSBRConfig
+from bsbr.data.text import text_digest
 from bsbr.data.tokenizer import pack_documents
 from bsbr.errors import UserError
+from bsbr.evaluation.provenance import describe_model, header
 from bsbr.files import remove_temporaries, write_json
 from bsbr.hf.convert import revert
+from bsbr.hf.exact import prepare_dense
 from bsbr.hf.mixers import read_settings, write_settings
 from bsbr.hf.modeling import BSBRModelMixin, attention_modules
 from bsbr.hf.positions import check_length
 from bsbr.hf.sharing import share
-from bsbr.training.distill import distillation_loss, transfer_loss
 from bsbr.training.finetune_recipe import FinetuneConfig, Stage
+from bsbr.training.finetune_trainer import StageTrainer, plain_model
 from bsbr.training.held_out import compare_models
-from bsbr.training.hub_trainer import PlainTrainer, newest_checkpoint
+from bsbr.training.hub_trainer import newest_checkpoint
 from bsbr.training.progress import TrainingProgress
 from bsbr.training.trainer import deferred_interrupt
 
@@ -43,6 +47,7 @@ def finetune(
     output: str | Path,
     resume: bool = False,
     report_to: Sequence[str] = (),
+    command: Sequence[str] = (),
     console: Console | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Train a converted model on what its original says; the model given stays as it is.
@@ -63,6 +68,7 @@ def finetune(
         output: folder for checkpoints and `finetune.json`.
         resume: go on from the newest checkpoint in `output`.
         report_to: where Trainer logs to: "tensorboard", "trackio" ...
+        command: arguments that repeat the run, for the file.
         console: where progress is shown; standard error when None.
     Returns:
         The trained model in eval mode, and the content of `finetune.json`.
@@ -77,12 +83,12 @@ def finetune(
     _check_output(folder, resume)
     train, val = _split(text, held_out, tokenizer, config)
     started = time.monotonic()
-    teacher = revert(model).eval().requires_grad_(False)
+    teacher = prepare_dense(revert(model).eval().requires_grad_(False))
     student = _student(model, config)
     with TrainingProgress(console if _is_first_process() else Console(quiet=True)) as progress:
         look = _few(val, _FINAL_FACTOR * config.eval_windows)
         progress.say(f"measuring on {len(look)} held-out windows of {config.length} tokens")
-        before = compare_models(teacher, _controls(_plain(student), settings), look)
+        before = compare_models(teacher, _controls(plain_model(student), settings), look)
         history: list[dict[str, Any]] = []
         device = ""
         with deferred_interrupt() as interrupted:
@@ -94,7 +100,8 @@ def finetune(
                     stage=stage, recipe=config, teacher=teacher, held_out=_few(val, config.eval_windows),
                     progress=progress, interrupted=interrupted, model=student, args=arguments, train_dataset=train,
                 )  # fmt: skip
-                trainer.train(resume_from_checkpoint=newest_checkpoint(own))
+                with _products(config):
+                    trainer.train(resume_from_checkpoint=newest_checkpoint(own))
                 device = str(trainer.args.device)
                 history += [{"stage": stage, **x} for x in trainer.state.log_history if "held_out_kl" in x]
                 if interrupted.is_set():
@@ -103,17 +110,13 @@ def finetune(
         trained = _finish(student, model)
         progress.say("measuring again")
         after = compare_models(teacher, _controls(trained, settings), look)
-    record = {
-        "schema": {"name": "bsbr-finetune", "version": 1},
-        "recipe": config.to_dict(),
-        "attention": settings.to_dict(),
+    record = _about(model, config, settings, text, held_out, command, device) | {
         "trained_parameters": sum(p.numel() for p in student.parameters() if p.requires_grad),
         "parameters": sum(p.numel() for p in trained.parameters()),
         "text": {"windows": len(train), "held_out_windows": len(look), "length": config.length},
         "before": before,
         "after": after,
         "history": history,
-        "device": device,
         "wall_s": round(time.monotonic() - started, 1),
     }
     if _is_first_process():
@@ -121,108 +124,28 @@ def finetune(
     return trained, record
 
 
-class StageTrainer(PlainTrainer):
-    """transformers' Trainer with the loss of one stage and an eye on the held-out text.
-
-    Args:
-        stage: "transfer", "distill" or "language".
-        recipe: the run's.
-        teacher: the dense original, frozen.
-        held_out: windows, [W, length].
-        progress: shows what happens.
-        interrupted: set on Ctrl-C.
-        model, args, train_dataset: as Trainer takes them.
-    """
-
-    def __init__(
-        self,
-        *,
-        stage: Stage,
-        recipe: FinetuneConfig,
-        teacher: PreTrainedModel,
-        held_out: Tensor,
-        progress: TrainingProgress,
-        interrupted: Any,
-        model: nn.Module,
-        args: TrainingArguments,
-        train_dataset: Tensor,
-    ) -> None:
-        rows = [{"input_ids": window} for window in train_dataset]
-        super().__init__(model=model, args=args, train_dataset=rows)  # type: ignore[arg-type]
-        self.stage, self.recipe, self.teacher = stage, recipe, teacher.to(self.args.device)  # type: ignore[arg-type]
-        self.loss_is_scaled_for_ga = False
-        self.remove_callback(PrinterCallback)  # its lines of raw numbers
-        self.add_callback(_Watch(self, held_out, progress, interrupted))
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Mean loss of a batch of windows; called by Trainer."""
-        ids = inputs["input_ids"]
-        if self.stage == "transfer":
-            return transfer_loss(model, self.teacher, {"input_ids": ids})  # type: ignore[arg-type]
-        if self.stage == "language":
-            return model(input_ids=ids, labels=ids, use_cache=False).loss
-        with torch.no_grad():
-            taught = self.teacher(input_ids=ids, use_cache=False).logits
-        return distillation_loss(model(input_ids=ids, use_cache=False).logits, taught)
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW, with a rate of its own for the scalars of the far field; called by Trainer."""
-        if self.optimizer is None:
-            trained: Any = model or self.model
-            moving = [(n, p) for n, p in trained.named_parameters() if p.requires_grad]
-            scalars = [p for n, p in moving if n.endswith(".calibration")]
-            others = [p for n, p in moving if not n.endswith(".calibration")]
-            recipe = self.recipe
-            groups = [
-                {"params": others, "lr": recipe.lr, "weight_decay": recipe.weight_decay},
-                {"params": scalars, "lr": recipe.scalar_lr, "weight_decay": 0.0},
-            ]
-            self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95))
-        return self.optimizer
-
-
-class _Watch(TrainerCallback):
-    """Shows progress, looks at the held-out text, and turns Ctrl-C into a checkpoint and an end."""
-
-    def __init__(self, trainer: StageTrainer, held_out: Tensor, progress: TrainingProgress, interrupted: Any) -> None:
-        self.trainer, self.held_out, self.progress, self.interrupted = trainer, held_out, progress, interrupted
-        self.started, self.first = time.monotonic(), 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started, self.first = time.monotonic(), state.global_step
-        self.progress.say(f"{self.trainer.stage}: {state.max_steps} steps, from {state.global_step}")
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if "loss" in (logs or {}):
-            step, seconds = state.global_step, time.monotonic() - self.started
-            tokens = self._tokens(args) * (step - self.first) / seconds
-            self.progress.update(step, state.max_steps, logs["loss"], tokens)  # type: ignore[index]
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        step = state.global_step
-        if step % self.trainer.recipe.eval_interval == 0 or step == state.max_steps:
-            self._look(step, step * self._tokens(args))
-        if self.interrupted.is_set():
-            control.should_save = control.should_training_stop = True
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.finish_checkpoint(state.global_step)
-
-    def _tokens(self, args: Any) -> int:
-        """Tokens of an optimizer step."""
-        recipe = self.trainer.recipe
-        return recipe.length * recipe.batch_windows * recipe.accumulation * args.world_size
-
-    def _look(self, step: int, tokens: int) -> None:
-        student = _plain(self.trainer.model)
-        found = compare_models(self.trainer.teacher, {"converted": student}, self.held_out)["converted"]
-        self.progress.say(
-            f"{self.trainer.stage} step {step}: held-out KL {found['kl']:.5f}, top-1 {found['top1_agreement']:.2%}, "
-            f"perplexity x{found['ppl_ratio']:.4f}"
-        )
-        self.trainer.log({"tokens": tokens} | {f"held_out_{name}": x for name, x in found.items() if x is not None})
+def _about(
+    model: PreTrainedModel,
+    config: FinetuneConfig,
+    settings: BSBRConfig,
+    text: str,
+    held_out: str | None,
+    command: Sequence[str],
+    device: str,
+) -> dict[str, Any]:
+    """What the record says about how it came about."""
+    texts = {"text": text} if held_out is None else {"text": text, "held_out": held_out}
+    top = header(
+        status="complete",
+        command=command,
+        model=describe_model(model),
+        data={name: {"sha256": text_digest(content)} for name, content in texts.items()},
+        protocol={"interval": "95 %, by held-out window"},
+        config=settings.to_dict(),
+        device=device or str(model.device),
+        dtype=config.precision,
+    )
+    return top | {"schema": {"name": "bsbr-finetune", "version": 2}, "recipe": config.to_dict()}
 
 
 def _settings(model: PreTrainedModel) -> BSBRConfig:
@@ -307,15 +230,10 @@ def _with_lora(student: PreTrainedModel, config: FinetuneConfig) -> Any:
         return get_peft_model(student, lora)
 
 
-def _plain(student: Any) -> PreTrainedModel:
-    """The converted model inside whatever wraps it."""
-    return next(x for x in student.modules() if isinstance(x, BSBRModelMixin))  # type: ignore[return-value]
-
-
 def _finish(student: Any, model: PreTrainedModel) -> PreTrainedModel:
     """The trained model without wrappers, as frozen and as noisy as the model given."""
     plain = student.merge_and_unload() if hasattr(student, "merge_and_unload") else student
-    plain = _plain(plain)
+    plain = plain_model(plain)
     for trained, given in zip(plain.modules(), model.modules(), strict=True):
         if isinstance(given, nn.Dropout):
             trained.p = given.p  # type: ignore[union-attr, assignment]
@@ -326,7 +244,7 @@ def _controls(model: PreTrainedModel, settings: BSBRConfig) -> dict[str, PreTrai
     """The model, its weights with exact attention, and with nothing retrieved: what sparse attention itself does."""
     off = share(model)
     off.config.bsbr = write_settings(replace(settings, top_k=0, top_k_per_head=None))
-    return {"converted": model, "dense": revert(model), "retrieval_off": off}
+    return {"converted": model, "dense": prepare_dense(revert(model)), "retrieval_off": off}
 
 
 def _arguments(
@@ -359,6 +277,17 @@ def _arguments(
         use_cpu=device.type == "cpu",
         **memory,  # type: ignore[arg-type]
     )
+
+
+@contextmanager
+def _products(config: FinetuneConfig) -> Iterator[None]:
+    """Let products of float32 round to 10 bits where the recipe says so, on GPUs that can."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = before or config.precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _is_first_process() -> bool:

@@ -41,7 +41,9 @@ class FinetuneConfig:
     lora_rank: int = 16
     """Rank of the updates with scope "lora"."""
     precision: str = "auto"
-    """`bfloat16` (autocast, float32 weights), `float32`, or `auto`: bfloat16 on CUDA, float32 elsewhere."""
+    """`bfloat16` (autocast, float32 weights), `tf32` (float32 but for the products of an NVIDIA GPU, which round to 10
+    bits), `float32`, or `auto`: bfloat16 on CUDA, float32 elsewhere. A model that is near its original already needs
+    more than bfloat16's 7 bits: there the rounding of teacher and student weighs more than what they differ by."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass; stage 1 has few and never does."""
     eval_interval: int = 50
@@ -68,7 +70,7 @@ class FinetuneConfig:
             _require(name, value, math.isfinite(value) and value > 0, "finite and above 0")
         _require("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "finite and at least 0")
         _require("warmup_share", self.warmup_share, 0 <= self.warmup_share < 1, "at least 0 and below 1")
-        known = ("auto", "bfloat16", "float32")
+        known = ("auto", "bfloat16", "tf32", "float32")
         _require("precision", self.precision, self.precision in known, f"one of {', '.join(known)}")
 
     @property

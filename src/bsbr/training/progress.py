@@ -54,6 +54,10 @@ class TrainingProgress:
         else:
             self._console.print(message, markup=False, soft_wrap=True)
 
+    def keep(self, text: str) -> None:
+        """Show a few words beside the bar until others come."""
+        self._held_out = f" | {text}"
+
     def held_out(self, step: int, figures: Mapping[str, float]) -> None:
         """Write the held-out figures of a step, and keep the loss beside the bar.
 
@@ -62,7 +66,7 @@ class TrainingProgress:
             figures: `held_out_nll`, and `bits_per_byte` or `accuracy`.
         """
         nll = figures["held_out_nll"]
-        self._held_out = f" | held-out {nll:.3f}"
+        self.keep(f"held-out {nll:.3f}")
         line = f"step {step}: held-out loss {nll:.4f} nats per token"
         if "bits_per_byte" in figures:
             line += f", {figures['bits_per_byte']:.4f} bits per byte"
