@@ -14,13 +14,12 @@ from benchmarks.reliability import record
 from torch import Tensor
 
 from bsbr import BSBRConfig, convert
-from bsbr.evaluation.provenance import cpu_name
 from bsbr.hf import BSBRCache
 from bsbr.ops import bsbr_attention
 from bsbr.ops.native.forward import why_not_native
 from tests.hf.coverage import NAMES
 from tests.hf.families import VOCABULARY, build
-from tests.long.journal import run_all
+from tests.long.journal import machines, run_all
 from tests.ops.choices import choices
 from tests.ops.test_properties import KINDS
 
@@ -29,7 +28,7 @@ MODEL_TOKENS = 96
 KINDS_HERE = KINDS | {
     "one block": BSBRConfig(dense_below=0, block_size=300, top_k=0),
     "odd blocks": BSBRConfig(dense_below=0, block_size=21, retrieval_block_size=7, top_k=4),
-    "tokens": BSBRConfig(dense_below=0, block_size=4, retrieval_block_size=1, top_k=9),
+    "small blocks": BSBRConfig(dense_below=0, block_size=12, retrieval_block_size=6, top_k=4),
     "all blocks": BSBRConfig(dense_below=0, block_size=32, top_k=99),
     "per head": BSBRConfig(dense_below=0, block_size=32, retrieval_block_size=8, top_k_per_head=(1, 6)),
 }
@@ -174,7 +173,7 @@ def main() -> int:
             f"changes its own "
             "output, which is checked too",
             command=command,
-            conditions=f"CPU ({cpu_name()}); {conditions}",
+            conditions=f"{machines(rows)}; {conditions}",
             not_covered=[
                 "What is no number: a NaN or infinity at a token may reach earlier queries of its own local block, "
                 "as in "

@@ -14,9 +14,8 @@ from benchmarks.reliability import record
 from torch import Tensor
 
 from bsbr.config import BSBRConfig
-from bsbr.evaluation.provenance import cpu_name
 from bsbr.ops import bsbr_attention, reference_attention
-from tests.long.journal import run_all
+from tests.long.journal import machines, run_all
 from tests.ops.cases import random_case
 
 
@@ -81,8 +80,7 @@ def main() -> int:
         failures=len(wrong),
         measured="step 1e-6, absolute tolerance 1e-5, relative 1e-3",
         command=command,
-        conditions=f"CPU ({cpu_name()}), float64, chunked backend; random shapes and settings, the choice of blocks "
-        f"held",
+        conditions=f"{machines(rows)}, float64, chunked backend; random shapes and settings, the choice of blocks held",
         not_covered=[
             "The choice of blocks is piecewise constant and has no gradient: where it jumps there is no slope."
         ],
@@ -102,7 +100,7 @@ def main() -> int:
         failures=len(beyond),
         measured=f"largest relative error {worst[1]['error']:.1e} (limit {LARGEST_GRADIENT_ERROR:.0e})",
         command=command,
-        conditions=f"CPU ({cpu_name()}), chunked backend, whose backward pass serves the native one too; random "
+        conditions=f"{machines(rows)}, chunked backend, whose backward pass serves the native one too; random "
         f"shapes and settings",
         seed=0,
         seconds=time.perf_counter() - start,

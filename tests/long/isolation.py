@@ -14,12 +14,11 @@ from benchmarks.reliability import record
 from torch import Tensor
 
 from bsbr import BSBRConfig, convert
-from bsbr.evaluation.provenance import cpu_name
 from bsbr.hf import BSBRCache
 from bsbr.ops import bsbr_attention
 from tests.hf.coverage import NAMES
 from tests.hf.families import VOCABULARY, build
-from tests.long.journal import run_all
+from tests.long.journal import machines, run_all
 from tests.long.poison import DTYPES, backends_of
 from tests.ops.cases import random_case
 
@@ -31,7 +30,7 @@ CONFIGS = {
 LARGEST = 2e-5
 """Largest difference of a logit, as in the tests of padding."""
 
-NEVER_PACKED = ("opt", "gpt_bigcode")
+NEVER_PACKED = ("opt", "gpt_oss")
 """Families whose own code does not tell packed documents apart, BSBR or not."""
 
 
@@ -150,7 +149,7 @@ RUNS: dict[str, tuple[Callable[[Any], dict[str, Any]], Sequence[Any], str, str]]
     "isolation_rows": (
         rows_of_a_batch, range(500), "What is in one row of a batch, no numbers included, changes no bit of another "
         "row.",
-        "operation; reference, chunked and native backends, float64 to float16",
+        "operation; chunked and native backends, float64 to float16",
     ),
     "isolation_padding": (
         padded, keys(list(NAMES), 6), "Padding and neighbours change no next token, and no logit beyond rounding; "
@@ -188,7 +187,7 @@ def main() -> int:
             failures=sum(wrong.values()),
             measured=f"{len(rows):,} batches",
             command="python -m tests.long.isolation",
-            conditions=f"CPU ({cpu_name()}); {conditions}",
+            conditions=f"{machines(rows)}; {conditions}",
             not_covered=[
                 "A row alone and the same row in a batch are equal within rounding, not to the bit: PyTorch's "
                 "products of other "

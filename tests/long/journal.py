@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
+
+from bsbr.evaluation.provenance import cpu_name
 
 FOLDER = Path("results") / "long"
 
@@ -29,27 +32,46 @@ def run_all(
         work: a function of a module, called with a key; returns a row, a dict of what JSON can hold.
         folder: where the rows are kept.
     Returns:
-        The row of each key, by its name.
+        The row of each key, by its name, with the machine it was made on under "where".
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as there:
         ...     for last in (2, 3):
         ...         rows = run_all("squares", range(last), lambda x: {"square": x * x}, Path(there))
-        >>> rows["2"]
-        {'square': 4}
+        >>> rows["2"]["square"]
+        4
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.jsonl"
     rows = _read(file)
     keys = list(keys)
+    here = f"{cpu_name()}, PyTorch {torch.__version__.partition('+')[0]}"
     left = [key for key in keys if str(key) not in rows]
     with file.open("a") as out:
         for key, row in track(_results(left, work), name, len(left), console=Console(stderr=True)):
-            rows[str(key)] = row
-            out.write(json.dumps({"key": str(key), "row": row}) + "\n")
+            rows[str(key)] = row | {"where": here}
+            out.write(json.dumps({"key": str(key), "row": rows[str(key)]}) + "\n")
             out.flush()
     return {str(key): rows[str(key)] for key in keys}
+
+
+def machines(rows: dict[str, dict[str, Any]]) -> str:
+    """Say on which machines rows were made, and how many on each where there are several.
+
+    Args:
+        rows: from `run_all`.
+    Returns:
+        A few words.
+
+    Example:
+        >>> machines({"a": {"where": "X"}, "b": {"where": "Y"}, "c": {"where": "X"}})
+        'CPU (X: 2 rows; Y: 1 rows)'
+    """
+    counts = Counter(row["where"] for row in rows.values())
+    if len(counts) == 1:
+        return f"CPU ({next(iter(counts))})"
+    return "CPU (" + "; ".join(f"{where}: {count:,} rows" for where, count in counts.most_common()) + ")"
 
 
 def _results(keys: list[Any], work: Callable[[Any], dict[str, Any]]) -> Iterator[tuple[Any, dict[str, Any]]]:

@@ -11,10 +11,9 @@ import torch
 from benchmarks.reliability import record
 
 from bsbr.config import BSBRConfig
-from bsbr.evaluation.provenance import cpu_name
 from bsbr.ops import bsbr_attention
 from bsbr.ops.native.forward import why_not_native
-from tests.long.journal import run_all
+from tests.long.journal import machines, run_all
 from tests.ops.needles import draw_text, row_ratio, rows_to_check
 
 LENGTHS = (46_340, 46_341, 65_536, 65_537, 131_073)
@@ -63,7 +62,7 @@ def main() -> int:
         failures=len(beyond),
         measured=f"worst ratio to the bound {worst['ratio']:.3f}",
         command="python -m tests.long.lengths",
-        conditions=f"CPU ({cpu_name()}); {', '.join(f'{length:,}' for length in LENGTHS)} tokens, 2 query heads and "
+        conditions=f"{machines(rows)}; {', '.join(f'{length:,}' for length in LENGTHS)} tokens, 2 query heads and "
         f"1 key head, 16 "
         f"wide; {', '.join(CONTENDERS)}; sampled rows, each with a key along its query and values of 30 in a block "
         f"it reads",

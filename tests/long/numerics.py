@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from benchmarks.reliability import record
 
-from bsbr.evaluation.provenance import cpu_name
 from bsbr.ops import bsbr_attention, reference_attention
 from bsbr.ops.native.forward import why_not_native
 from bsbr.ops.triton.problem import why_not_triton
-from tests.long.journal import run_all
+from tests.long.journal import machines, run_all
 from tests.ops.cases import Case, error_bound, random_case
 from tests.ops.kernel_cases import kernel_case
 from tests.ops.wide_cases import wide_case
@@ -98,6 +97,8 @@ def main() -> int:
     for run, rows in runs.items():
         for seed, row in rows.items():
             for name, ratio in row.items():
+                if name == "where":
+                    continue
                 counts[name] = counts.get(name, 0) + 1
                 if ratio > worst.get(name, {"ratio": -1})["ratio"]:
                     worst[name] = {"ratio": ratio, "seed": int(seed)}
@@ -112,7 +113,8 @@ def main() -> int:
         measured="worst ratio to the bound: "
         + ", ".join(f"{name} {entry['ratio']:.3f} of {counts[name]:,}" for name, entry in sorted(worst.items())),
         command=f"python -m tests.long.numerics --cases {args.cases} --kernel-cases {args.kernel_cases}",
-        conditions=f"CPU ({cpu_name()}); {args.cases:,} random shapes of 1 to 4,097 tokens, heads 1 to 256 wide, "
+        conditions=f"{machines(runs['shapes'])}; {args.cases:,} random shapes of 1 to 4,097 tokens, heads 1 to 256 "
+        f"wide, "
         f"blocks of 1 to "
         "256 tokens, 0 to all blocks read, score scale 1e-3 to 30, in three dtypes; triton kernels interpreted",
         seed=0,

@@ -16,9 +16,8 @@ import torch
 from benchmarks.reliability import record
 
 from bsbr.config import BSBRConfig
-from bsbr.evaluation.provenance import cpu_name
 from bsbr.ops.native.forward import why_not_native
-from tests.long.journal import run_all
+from tests.long.journal import machines, run_all
 from tests.ops.cases import random_case
 from tests.ops.choices import ROUNDING, choices, exact_scores, later_copies, masses, wrong_choices
 from tests.ops.kernel_cases import kernel_case
@@ -135,7 +134,10 @@ def main() -> int:
     rows |= {f"kernels {key}": row for key, row in interpreted(args.kernel_cases).items()}
     totals: dict[str, list[int]] = {}
     for row in rows.values():
-        for name, (wrong, explained, queries) in row.items():
+        for name, counts in row.items():
+            if name == "where":
+                continue
+            wrong, explained, queries = counts
             total = totals.setdefault(name, [0, 0, 0, 0])
             totals[name] = [total[0] + 1, total[1] + wrong, total[2] + explained, total[3] + queries]
     failures = sum(total[1] for total in totals.values())
@@ -150,7 +152,7 @@ def main() -> int:
             for name, (_, _, explained, queries) in sorted(totals.items())
         ),
         command=f"python -m tests.long.selection --cases {args.cases} --kernel-cases {args.kernel_cases}",
-        conditions=f"CPU ({cpu_name()}); {args.cases:,} random problems, every fifth made of copies of one to three "
+        conditions=f"{machines(rows)}; {args.cases:,} random problems, every fifth made of copies of one to three "
         f"blocks so that "
         "scores tie exactly; masses in float64 by a formula of the test's own; triton kernels interpreted",
         not_covered=[

@@ -73,10 +73,9 @@ def row_ratio(text: Text, row: int, head: int, config: BSBRConfig, o: Tensor) ->
     q = text.q[:, row : row + 1, head : head + 1]
     k, v = (x[:, : row + 1, key_head : key_head + 1] for x in (text.k, text.v))
     chosen = text.chosen[:, row : row + 1, head : head + 1]
-    q, k, v, chosen = (x.cpu() for x in (q, k, v, chosen))
-    plain = torch.tensor([[0.0, 1, 1, 1, 1]], dtype=torch.float64)
+    plain = torch.tensor([[0.0, 1, 1, 1, 1]], dtype=torch.float64, device=q.device)
     case = Case(0, config, q.double(), k.double(), v.double(), plain, row, None)
     expected = reference_attention(q, k, v, config, q_start=row, block_indices=chosen, calibration=plain)[0]
-    found = o[:, row : row + 1, head : head + 1].cpu().double()
+    found = o[:, row : row + 1, head : head + 1].double()
     ratio = ((found - expected).abs() / error_bound(case, q, k, v, chosen)).nan_to_num(nan=math.inf)
     return float(ratio.max())

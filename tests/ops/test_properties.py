@@ -99,6 +99,17 @@ def test_blocks_that_nobody_reads_may_hold_anything():
     assert torch.equal(clean[:, 16:], poisoned[:, 16:])
 
 
+def test_a_key_that_is_no_number_shows_in_later_blocks_and_not_in_earlier_ones():
+    """Its block has a score that is no number. With the far field dropped, nothing but the choice could bring it up."""
+    q, k, v = draw(8, tokens=256)
+    config = BSBRConfig(dense_below=0, block_size=32, top_k=1, far="drop")
+    clean = bsbr_attention(q, k, v, config, backend="chunked")
+    k[:, 70] = torch.nan
+    o = bsbr_attention(q, k, v, config, backend="chunked")
+    assert torch.equal(o[:, :64], clean[:, :64])
+    assert o[:, 96:].isnan().all()
+
+
 def test_large_common_part_of_keys_keeps_its_digits():
     """Variances about the mean, not differences of squares: 1e3 times more mean than spread stays accurate."""
     q, k, v = draw(6, tokens=256)

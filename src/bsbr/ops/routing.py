@@ -52,10 +52,15 @@ def _take_best(scores: Tensor, top_k: int) -> Tensor:
         return _sort_best(scores, top_k)
     count = scores.shape[-2]
     earliness = torch.arange(count, 0, -1, dtype=scores.dtype, device=scores.device)[:, None]
-    equal, chosen = torch.empty_like(scores), []
-    for _ in range(top_k):
-        torch.eq(scores, scores.amax(-2, keepdim=True), out=equal)
+    equal, taken = torch.empty_like(scores), []
+    for turn in range(top_k):
+        top = scores.amax(-2, keepdim=True)
+        if not turn and bool(top.isnan().any()):  # no number comes first, as in a sort, and so shows
+            chosen = _take_best(scores.masked_fill(scores.isnan(), math.inf), top_k)
+            scores.scatter_(-2, chosen, -math.inf)
+            return chosen
+        torch.eq(scores, top, out=equal)
         first = count - equal.mul_(earliness).amax(-2, keepdim=True)  # of equals
-        chosen.append(first.long().clamp_(max=count - 1))  # without the clamp, scores that are no numbers fall outside
-        scores.scatter_(-2, chosen[-1], -math.inf)
-    return torch.cat(chosen, -2)
+        taken.append(first.long())
+        scores.scatter_(-2, taken[-1], -math.inf)
+    return torch.cat(taken, -2)
