@@ -149,7 +149,9 @@ def remove_temporaries(folder: Path) -> None:
         folder: an output folder; it need not exist.
     """
     folder = Path(os.path.realpath(folder))
-    beside = folder.parent.glob(f".{_literal(folder.name)}.*.tmp") if folder.parent.is_dir() else ()
+    # two dots: a folder staged inside a staged folder
+    names = [f"{dots}{_literal(folder.name)}.*.tmp" for dots in (".", "..")]
+    beside = [path for name in names if folder.parent.is_dir() for path in folder.parent.glob(name)]
     for path in [*(folder.glob(".*.tmp*") if folder.is_dir() else ()), *beside]:
         if not _TEMPORARY.fullmatch(path.name):
             continue

@@ -98,7 +98,6 @@ def jobs(given: Path) -> dict[str, tuple[Work, Work, Look]]:
     Returns:
         Name to the three.
     """
-    model = load_model(given / "converted")
     words = ["convert", str(given / "model")]
     tensors = {"weights": {"w": torch.arange(1000.0)}, "optimizer": {"m": torch.ones(10)}}
 
@@ -147,7 +146,7 @@ def jobs(given: Path) -> dict[str, tuple[Work, Work, Look]]:
         ),
         "save_pretrained": (
             lambda place: load_model(given / "converted").save_pretrained(place / "out"),
-            lambda place: _halved(model).save_pretrained(place / "out"),
+            lambda place: _halved(load_model(given / "converted")).save_pretrained(place / "out"),
             weights,
         ),
         "bsbr convert": (converted("1"), converted("2"), lambda place: (weights(place), _settings(place))),
@@ -165,7 +164,7 @@ def _settings(place: Path) -> str:
     return (place / "out" / "config.json").read_text()
 
 
-def fill(before: Work, work: Work, look: Look, place: Path) -> tuple[int, list[str]]:
+def fill(before: Work, work: Work, look: Look, place: Path, *, every: int = 1) -> tuple[int, list[str]]:
     """Let the disk be full at the first write of some work, then at the second, until it comes to its end.
 
     Args:
@@ -173,15 +172,16 @@ def fill(before: Work, work: Work, look: Look, place: Path) -> tuple[int, list[s
         work: the work.
         look: shows the state; raises where there is none that can be read.
         place: an empty folder.
+        every: take only every so many-th write.
     Returns:
-        How many writes failed, and what was wrong after some of them.
+        How many writes there are, and what was wrong after some of them.
     """
     faults = []
     before(place)
     work(place)
     new = look(place)
     shutil.rmtree(place)
-    for number in range(1, 1000):
+    for number in range(1, 1000, every):
         place.mkdir()
         before(place)
         old, names = look(place), _names(place)
@@ -195,7 +195,7 @@ def fill(before: Work, work: Work, look: Look, place: Path) -> tuple[int, list[s
                     faults.append(f"write {number}: more than one line")
         if full.calls < number:
             shutil.rmtree(place)
-            return number - 1, faults
+            return full.calls, faults
         if look(place) not in (old, new):  # the last flush may fail when all of the new is in its place
             faults.append(f"write {number}: neither what was there nor what was to come")
         if code not in (0, 3, None) and not isinstance(code, Path):

@@ -72,7 +72,7 @@ def commands(place: Path) -> dict[str, Command]:
 
     def finetune(output: Path, resume: bool) -> object:
         sizes = (
-            "--length 32 --accumulation 2 --distill-tokens 640 --transfer-tokens 256 --save-interval 2 --eval-windows 1"
+            "--length 32 --accumulation 2 --distill-tokens 384 --transfer-tokens 128 --save-interval 2 --eval-windows 1"
         )
         rates = "--precision float32 --eval-interval 3 --device cpu"
         words = [*sizes.split(), *rates.split(), *(["--resume"] if resume else [])]

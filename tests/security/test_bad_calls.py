@@ -79,11 +79,11 @@ def test_there_are_enough():
     assert len(set(CALLS)) == len(CALLS)
 
 
-@pytest.mark.parametrize("part", range(8))
+@pytest.mark.parametrize("part", range(4))
 def test_bad_calls_are_answered_in_one_line(part: int, places: dict[str, Path], tmp_path: Path) -> None:
-    """A sixteenth of them all; `python -m tests.long.bad_input` makes every one."""
+    """A part of them all; `python -m tests.long.bad_input` makes every one."""
     faults = {}
-    for number in range(part, len(CALLS), 16):
+    for number in range(part, len(CALLS), 32):
         answer = ask(CALLS[number], places, tmp_path / str(number))
         if found := fault(answer):
             faults[CALLS[number]] = (found, answer.said[-600:])

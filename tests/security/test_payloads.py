@@ -26,9 +26,9 @@ OBEYED = {chr(code) for code in (*range(0x09), *range(0x0B, 0x20), *range(0x7F, 
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_payloads_change_no_element(field: str, tmp_path: Path) -> None:
-    """Every payload in every field: the elements and attributes are those of a report with plain words there."""
+    """The elements and attributes are those of a report with plain words there; `tests.long.browser` takes them all."""
     plain = Elements(page_with(tmp_path / "plain", field, "plain words")).found
-    for number, payload in enumerate(PAYLOADS):
+    for number, payload in enumerate(PAYLOADS[FIELDS.index(field) % 4 :: 4]):
         page = page_with(tmp_path / str(number), field, payload)
         assert Elements(page).found == plain, payload
         page.encode("utf-8")

@@ -19,7 +19,7 @@ from bsbr.evaluation.results import RESULT_FILES, Run, headline, result_files
 from bsbr.evaluation.scaling import run_race
 from bsbr.evaluation.settings import SuiteConfig
 from bsbr.evaluation.windows import Document
-from bsbr.files import write_json
+from bsbr.files import remove_temporaries, write_json
 
 RECORDS = "records.jsonl"
 SCORING_VERSION = 2
@@ -86,6 +86,7 @@ def run_suite(
         attention={key: str(getattr(model.config, "_attn_implementation", "")) for key, model in models.items()},
     )
     folder = Path(output_dir)
+    remove_temporaries(folder)
     with RecordStore(folder / RECORDS, _protocol_digest(run), resume=resume) as store:
         if not resume:
             for file in RESULT_FILES:

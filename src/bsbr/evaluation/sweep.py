@@ -20,7 +20,7 @@ from bsbr.evaluation.speed import keeps_logits, prefill_call, time_calls
 from bsbr.evaluation.sweep_plan import Batch, Sweep, describe_data, plan_sweep
 from bsbr.evaluation.sweep_points import TIMED, Point, SweepConfig
 from bsbr.evaluation.sweep_rows import sweep_file
-from bsbr.files import write_json
+from bsbr.files import remove_temporaries, write_json
 from bsbr.hf.convert import convert
 from bsbr.peers import ValueOnlyConfig
 
@@ -85,6 +85,7 @@ def run_sweep(
     identity = {key: value for key, value in about.items() if key != "command"}
     protocol = digest(config.to_dict(), identity, torch.__version__)
     folder = Path(output_dir)
+    remove_temporaries(folder)
     with RecordStore(folder / RECORDS, protocol, resume=resume) as store:
         if not resume:
             (folder / RESULT).unlink(missing_ok=True)
