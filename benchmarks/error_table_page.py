@@ -24,7 +24,8 @@ All rows read the same number of keys exactly. *Calibrated* rows have their five
 are measured on the rest; `top_k` is the same for all heads here. Bytes are those of float32 summaries for one key head
 and token; keys and values themselves are 256 in bfloat16. A state kept once for all blocks is not counted. Kinds of
 heads: *sink-like* puts over 0.4 of its weight on the first token, *local* over 0.6 inside its own block; of the others
-*peaked* reads fewer than 64 keys (exponential of the entropy), *broad* more.
+*peaked* reads fewer than 64 keys (exponential of the entropy), *broad* more. The tables before rotary positions are of
+another attention, which has no sense of distance and therefore spreads over the whole past.
 """
 
 WORDS = {

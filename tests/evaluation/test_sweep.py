@@ -19,6 +19,7 @@ from bsbr.evaluation.speed import SpeedSettings
 from bsbr.evaluation.sweep import run_sweep
 from bsbr.evaluation.sweep_points import METHODS, Point, SweepConfig, keys_read
 from bsbr.evaluation.sweep_table import sweep_tables
+from bsbr.report import render
 
 CONFIG = SweepConfig(
     attention=BSBRConfig(block_size=8, dense_below=0),
@@ -165,6 +166,16 @@ class Stop:
         self.left -= 1
         if self.left == 0:
             raise KeyboardInterrupt
+
+
+def test_nothing_is_timed_where_no_device_is_named(setting: SimpleNamespace, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, lengths=(48,), documents=1, windows=1, time_device="none")
+    content = sweep(setting, tmp_path, Calibrate(), config)
+    assert content["status"] == "complete"
+    assert not [row for row in content["rows"] if row["metric"] == "time_s"]
+    render(tmp_path)
+    assert "median with 20 and 80" not in (tmp_path / "report.html").read_text()
+    assert not (tmp_path / "kl_vs_time.png").exists()
 
 
 @pytest.mark.parametrize("after", [3, 450])

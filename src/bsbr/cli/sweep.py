@@ -30,7 +30,7 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--windows", type=int, default=1, help="windows of each document, of --lengths tokens each")
     group.add_argument("--after", type=int, help="first position of the main figures; None: a quarter of a window")
     group.add_argument("--batch-tokens", type=int, default=8192, help="tokens that go through a model at once")
-    group.add_argument("--time-device", help="cpu or cuda, where models are timed; None: as --device")
+    group.add_argument("--time-device", help="cpu, cuda or none: where models are timed; None: as --device")
     group.add_argument("--calibration-tokens", type=int, default=16384, help="tokens read by each calibration")
     group.add_argument("--calibration-queries", type=int, default=128, help="queries of each head it samples")
     group.add_argument("--calibration-steps", type=int, default=200, help="steps of each fit")
@@ -50,7 +50,7 @@ def run_sweep_command(args: argparse.Namespace, command: list[str]) -> None:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag}: a sweep has --budgets, --units and --lengths instead. Leave {flag} out")
     output = check_output(args.output, "sweep_records.jsonl", resume=args.resume, overwrite=args.overwrite)
-    for device in filter(None, (args.device, args.time_device)):
+    for device in {args.device, args.time_device} - {None, "none"}:
         check_device(device)
     units = args.units or (args.block_size,)
 

@@ -176,7 +176,7 @@ class _Pass:
 
     def _time(self, length: int, batch: Batch, models: Mapping[tuple[str, Point], Any]) -> None:
         key = ("time", length)
-        if key in self.store:
+        if key in self.store or key not in self.sweep.work:
             return
         self.progress.check()
         self.progress.stage(f"{length} tokens", "timing")

@@ -83,6 +83,8 @@ def plan_sweep(tokenizer: Any, texts: Mapping[str, Sequence[str]], config: Sweep
             work |= {
                 batch.key(method, point): float(batch.ids.numel()) for point in config.points for method in methods
             }
+        if config.time_device == "none":
+            continue
         calls = (len(TIMED) * len(config.points) + 2) * (2 * config.speed.rounds + config.speed.warmup)
         work["time", length] = calls * length / 2.0  # no logits and no comparison
     return Sweep(config=config, batches=batches, methods=methods, work=work)

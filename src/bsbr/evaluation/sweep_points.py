@@ -69,7 +69,7 @@ class SweepConfig:
     """Where the models are."""
 
     time_device: str | None = None
-    """Where they are timed; None means where they are."""
+    """Where they are timed; None means where they are, "none" nowhere."""
 
     def __post_init__(self) -> None:
         for name, least in (("windows", 1), ("documents", 1), ("batch_tokens", 1), ("seed", 0)):

@@ -120,7 +120,8 @@ def density_sentence(results: Results) -> str:
 
 def _frontier(results: Results, panel: Panel) -> Table:
     body, used = [], []
-    for kind in ("original", "value_only"):
+    timed = _TIMES if results.rows(SWEEP, "time_s", None, {"length": panel.length}) else ()
+    for kind in ("original", "value_only") if timed else ():
         cells = [_time(results, name, kind, {"length": panel.length}, absent="") for name in _TIMES]
         if cells[0].text:
             blank = (Cell("", state="reference"),) * 2
@@ -134,14 +135,12 @@ def _frontier(results: Results, panel: Panel) -> Table:
             used += [row for row in rows if row]
             # what calibration changes costs no time; oracle and random are controls of the choice
             absent = "as converted" if kind == "uncalibrated" else "a control"
-            times = [_time(results, name, kind, panel.where(point), absent=absent) for name in _TIMES]
+            times = [_time(results, name, kind, panel.where(point), absent=absent) for name in timed]
             blocks = Cell(f"{point[1]} of {point[0]}")
             body.append((Cell(variant(kind).label, state="name"), blocks, density, *map(row_cell, rows), *times))
-    heads = ("model", "blocks read", "keys read", *(head(name) for name in (*QUALITY, *_TIMES)))
-    note = (
-        f"Time: whole model, one window, in turn in the same run, median with 20 and 80 % quantiles. {evidence(used)}"
-    )
-    return Table(panel.title, heads, tuple(body), note)
+    heads = ("model", "blocks read", "keys read", *(head(name) for name in (*QUALITY, *timed)))
+    note = "Time: whole model, one window, in turn in the same run, median with 20 and 80 % quantiles. "
+    return Table(panel.title, heads, tuple(body), (note if timed else "") + evidence(used))
 
 
 def _time(results: Results, name: str, kind: str, where: Mapping[str, Any], *, absent: str) -> Cell:
