@@ -103,10 +103,10 @@ def extend_positions(
     elif max_length > found[0].num_embeddings - found[1]:
         embedding, offset = found
         weight = embedding.weight.detach()
-        known = weight[offset:].float()
-        need = max_length * known.shape[1] * (known.element_size() + weight.element_size())
+        table = weight[offset:].float()
+        need = max_length * table.shape[1] * (table.element_size() + weight.element_size())
         require_memory(need, f"positions for {max_length} tokens", "Use a smaller --max-length")
-        rows = _METHODS[method](known, max_length).to(weight.dtype)
+        rows = _METHODS[method](table, max_length).to(weight.dtype)
         # the module is this copy's own: only its weight was shared
         embedding.weight = nn.Parameter(torch.cat([weight[:offset], rows]), embedding.weight.requires_grad)
         embedding.num_embeddings = max_length + offset

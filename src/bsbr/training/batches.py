@@ -72,8 +72,8 @@ class TextBatches:
     """
 
     def __init__(self, corpus: Corpus, config: PretrainConfig, total_steps: int) -> None:
-        self.record = corpus.record
-        self.train_tokens = len(corpus.train)
+        self.record: dict[str, Any] = corpus.record
+        self.train_tokens: int | None = len(corpus.train)
         self._corpus, self._config, self._stages = corpus, config, Stages(config, total_steps)
         self._orders = [WindowOrder(len(corpus.train), length, config.seed) for length in self._stages.lengths]
         separate = config.documents == "separate"
@@ -114,10 +114,10 @@ class TaskBatches:
         device: where the batches go.
     """
 
-    train_tokens = None
+    train_tokens: int | None = None
 
     def __init__(self, task: TaskConfig, config: PretrainConfig, total_steps: int, device: torch.device) -> None:
-        self.record = {"task": task.to_dict()}
+        self.record: dict[str, Any] = {"task": task.to_dict()}
         self._config, self._device, self._stages = config, device, Stages(config, total_steps)
         self._tasks = [_shortened(task, length) for length in self._stages.lengths]
 

@@ -165,7 +165,7 @@ def _sample(
 ) -> None:
     for prompt in prompts:
         ids = torch.tensor(corpus.tokenizer(prompt, add_special_tokens=False)["input_ids"] or [0])
-        text = corpus.tokenizer.decode(continue_prompt(model, ids, _SAMPLE_TOKENS).tolist())
+        text = str(corpus.tokenizer.decode(continue_prompt(model, ids, _SAMPLE_TOKENS).tolist()))
         progress.say(f"step {step}: {' '.join(text.split())}")
 
 
