@@ -144,4 +144,4 @@ def like(value: Tensor, place: Tensor) -> Tensor:
 def _blocks(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks: the longest list of modules."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=lambda modules: len(modules))) if lists else []
+    return list(max(lists, key=lambda modules: len(list(modules)))) if lists else []
