@@ -77,9 +77,11 @@ class Problem(NamedTuple):
         return min(self.most_rows, self.config.block_size & -self.config.block_size)
 
     @property
-    def num_tiles(self) -> int:
-        """Tiles that cover the sparse queries; the first and the last may be part empty."""
-        return -(-self.stop // self.tile_rows) - self.sparse_start // self.tile_rows
+    def past_rows(self) -> int:
+        """Queries of a tile of `attend_past`, which loads less for each of them the more there are."""
+        if self.config.top_k > 16:  # candidates of a tile are held in registers
+            return min(self.tile_rows, 32)
+        return 128 if self.most_rows >= 64 and self.config.block_size % 128 == 0 else self.tile_rows
 
     @property
     def score_scales(self) -> tuple[float, float]:
@@ -89,12 +91,13 @@ class Problem(NamedTuple):
     def heads_at_once(self, num_heads: int, part_bytes: int) -> int:
         """Key heads of all rows that are worked on together, so that partial results stay within the workspace."""
         parts = self.num_sparse * self.group * self.parts
-        return max(1, min(num_heads, _WORKSPACE // (parts * part_bytes)))
+        most = max(1, min(num_heads, _WORKSPACE // (parts * part_bytes)))
+        return -(-num_heads // -(-num_heads // most))  # as even as the number of rounds allows
 
     @property
     def parts(self) -> int:
-        """Partial results of a query: retrieved blocks, local field, far field."""
-        return self.config.top_k + (1 if self.config.far == "drop" else 2)
+        """Partial results of a query: each retrieved block, and local and far field together."""
+        return self.config.top_k + 1
 
 
 def make_problem(q: Tensor, k: Tensor, config: BSBRConfig, scale: float, q_start: int) -> Problem:
