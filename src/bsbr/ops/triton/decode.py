@@ -20,7 +20,7 @@ from bsbr.config import BSBRConfig
 from bsbr.ops.triton.decode_kernels import _attend, _choose, _merge
 from bsbr.ops.triton.summaries import padded
 
-_PIECE_BYTES, _MOST_KEYS, _PIECES, _STAGES = 1 << 14, 64, 4, 5
+_PIECE_BYTES, _MOST_KEYS, _PIECES, _STAGES = 1 << 14, 64, 8, 3
 """Largest piece of keys that is loaded at once, pieces that one program reads one after the other, and how many of
 them are on their way at once, with the one that is used."""
 
@@ -80,7 +80,7 @@ def triton_decode(
         far_parts = min(_FAR_PARTS, triton.cdiv(room, _TILE))
     column_tile = triton.next_power_of_2(columns)
     mass_lines = triton.cdiv(room, 32)  # whole cache lines for a column
-    tiles = triton.next_power_of_2(max(2, triton.cdiv(room, _TILE)))
+    tiles = max(32, triton.next_power_of_2(triton.cdiv(room, _TILE)))  # here too, so that no other has read them
     peaks = held.meta.new_empty(zs, columns, tiles)
     mass = held.meta.new_empty(zs, columns, mass_lines * 32)
     chosen = rows.new_empty(zs, columns, max(1, config.top_k), dtype=torch.int32)
@@ -96,8 +96,8 @@ def triton_decode(
     base = math.log2(math.e)
     _choose[(zs, columns + triton.cdiv(room, _TILE))](
         q, k, v, held.own_k, held.own_v, held.meta, states, calibration, rows, lengths, counters, mass,
-        peaks, chosen, bounds, read, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], heads, room, mass_lines, scale * base,
-        scale * scale / 2 * base, scale, BN=_TILE, CP=column_tile,
+        peaks, chosen, bounds, read, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], heads, room, mass_lines,
+        scale * base, scale * scale / 2 * base, scale, BN=_TILE, CP=column_tile,
         KP=triton.next_power_of_2(max(1, config.top_k)), TP=tiles, MOMENTS=config.far == "moments",
         STATE=config.state != "none", **blocks, **shared, num_warps=8,
     )  # fmt: skip

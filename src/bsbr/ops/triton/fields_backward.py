@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bsbr.ops.triton.scores import load_blocks, load_chosen, score_factors, strike, tile_scores
 from bsbr.ops.triton.problem import Problem
+from bsbr.ops.triton.scores import load_blocks, load_chosen, score_factors, strike, tile_scores
 from bsbr.ops.triton.summaries import FarField, padded
 
 

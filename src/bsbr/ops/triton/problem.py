@@ -77,13 +77,6 @@ class Problem(NamedTuple):
         return min(self.most_rows, self.config.block_size & -self.config.block_size)
 
     @property
-    def past_rows(self) -> int:
-        """Queries of a tile of `attend_past`, which loads less for each of them the more there are."""
-        if self.config.top_k > 16:  # candidates of a tile are held in registers
-            return min(self.tile_rows, 32)
-        return 128 if self.most_rows >= 64 and self.config.block_size % 128 == 0 else self.tile_rows
-
-    @property
     def score_scales(self) -> tuple[float, float]:
         """Factors that turn q.k and (q*q).var / 2 into powers of two."""
         return self.scale * math.log2(math.e), self.scale**2 / 2 * math.log2(math.e)

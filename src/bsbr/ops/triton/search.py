@@ -5,17 +5,62 @@ Of every 8 blocks in a row the largest score is kept as the peak of the group. T
 equal ones the lower), so a query looks at N / 8 peaks and 8 * top_k scores instead of N.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-GROUP_BLOCKS = 8
-"""Blocks of a group, GROUP in the kernels."""
+from bsbr.ops.triton.problem import Problem
+from bsbr.ops.triton.scores import GROUP_BLOCKS, Tiles, tile_of
 
 _NONE = tl.constexpr(-(2**31))
 """The key of no score."""
 
 _NOWHERE = tl.constexpr(1 << 24)
 """A group after all groups."""
+
+
+_ROWS = 8
+"""Queries that one warp searches for: no other waits for it."""
+
+
+def choose_blocks(problem: Problem, tiles: Tiles, scores: Tensor, peaks: Tensor, tops: Tensor, chosen: Tensor) -> None:
+    """Choose the `top_k` past blocks of largest score for some tiles of queries, and strike them out of the scores.
+
+    Args:
+        problem: sizes.
+        tiles: which tiles.
+        scores, peaks: as `write_scores` wrote them; scores of chosen blocks become -inf.
+        tops: where to put about the largest score that is left, [tiles, rows] float32.
+        chosen: where to put the blocks, best first, [B, S, HQ, top_k] int32.
+    """
+    most, groups = triton.next_power_of_2(problem.config.top_k), triton.next_power_of_2(tiles.room // GROUP_BLOCKS)
+    programs, rows = tiles.count * (tiles.rows // _ROWS), min(_ROWS, tiles.rows)
+    space = torch.empty(programs, rows, most * GROUP_BLOCKS, dtype=torch.int32, device=scores.device)
+    _choose[(programs,)](
+        scores, peaks, space, tops, chosen, *_sizes(problem, tiles, chosen), tiles.room, G=problem.group,
+        B=problem.config.block_size, UNIT=problem.config.unit, TOP_K=problem.config.top_k, KP=most, GROUP=GROUP_BLOCKS,
+        GROUPS=min(64, max(16, groups)), BM=tiles.rows, ROWS=rows, num_warps=1, num_stages=1,
+    )  # fmt: skip
+
+
+def strike_out(problem: Problem, tiles: Tiles, scores: Tensor, chosen: Tensor) -> None:
+    """Strike given blocks out of the scores.
+
+    Args:
+        problem, tiles, scores: as given to `choose_blocks`.
+        chosen: the blocks, [B, S, HQ, top_k] int32; negative ones are none.
+    """
+    _strike[(tiles.count,)](
+        scores, chosen, *_sizes(problem, tiles, chosen), tiles.room, G=problem.group, TOP_K=problem.config.top_k,
+        KP=triton.next_power_of_2(problem.config.top_k), BM=tiles.rows,
+    )  # fmt: skip
+
+
+def _sizes(problem: Problem, tiles: Tiles, chosen: Tensor) -> tuple[int, ...]:
+    heads = chosen.shape[2] // problem.group
+    here = len(tiles.heads) * problem.group, tiles.heads.start, tiles.first, tiles.per_head
+    return heads, *here, problem.sparse_start, problem.num_sparse
 
 
 @triton.jit
@@ -100,12 +145,12 @@ def _ascending(values, COUNT: tl.constexpr):
 
 @triton.jit
 def best_blocks(
-    scores, peaks, candidates, stop, room, BM: tl.constexpr, TOP_K: tl.constexpr, KP: tl.constexpr,
+    scores, peaks, space, stop, room, BM: tl.constexpr, TOP_K: tl.constexpr, KP: tl.constexpr,
     GROUP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The TOP_K best blocks of each query before `stop`, [BM, KP], best first, and about the best score of the others.
 
-    `scores` [BM, room], `peaks` [BM, room / 8] and `candidates` [BM, 8 KP] belong to this program. Columns from TOP_K
+    `scores` [BM, room], `peaks` [BM, room / 8] and `space` [BM, 8 KP] belong to this program. Columns from TOP_K
     on mean nothing.
     """
     row, column = tl.arange(0, BM)[:, None], tl.arange(0, KP * GROUP)[None, :]
@@ -118,7 +163,7 @@ def best_blocks(
     for j in tl.static_range(TOP_K):
         block = tl.where(column // GROUP == j, found[j][:, None], block)
     block = block * GROUP + column % GROUP
-    tl.store(candidates + row * (KP * GROUP) + column, block)
+    tl.store(space + row * (KP * GROUP) + column, block)
     held = block < stop
     keys = sortable(tl.load(scores + row * room + block, mask=held, other=0.0), held, KP * GROUP)
     best, place = _extract(keys, KP * GROUP, TOP_K + 1)
@@ -127,5 +172,63 @@ def best_blocks(
     for j in tl.static_range(TOP_K):
         places = tl.where(rank == j, place[j][:, None], places)
     tl.debug_barrier()
-    blocks = tl.load(candidates + row * (KP * GROUP) + places)
+    blocks = tl.load(space + row * (KP * GROUP) + places)
     return blocks, tl.maximum(score_of(best[TOP_K]), score_of(peak[TOP_K]))
+
+
+@triton.jit
+def _whose(
+    place, work, first_head, heads, heads_all, num_tiles, sparse_start, num_sparse, G: tl.constexpr,
+    TOP_K: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """First token of a tile, where the chosen blocks of its queries at `place` are, and which of these are real."""
+    first, own_z, member = tile_of(work, num_tiles, heads_all, sparse_start, G, BM)
+    z = (first_head + own_z).to(tl.int64)
+    sparse = first + place - sparse_start
+    query = (z // heads * num_sparse + sparse) * (heads * G) + z % heads * G + member
+    return first, query * TOP_K, (sparse >= 0) & (sparse < num_sparse)
+
+
+@triton.jit(
+    do_not_specialize=["heads", "heads_all", "first_head", "first_work", "num_tiles", "sparse_start", "num_sparse"]
+)
+def _choose(
+    scores, peaks, space, tops, chosen, heads, heads_all, first_head, first_work, num_tiles, sparse_start, num_sparse,
+    room, G: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, TOP_K: tl.constexpr, KP: tl.constexpr,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, BM: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    own = tl.program_id(0) // (BM // ROWS)
+    place = tl.program_id(0) % (BM // ROWS) * ROWS + tl.arange(0, ROWS)
+    first, to, real = _whose(
+        place, own + first_work, first_head, heads, heads_all, num_tiles, sparse_start, num_sparse, G, TOP_K, BM
+    )  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * ROWS
+    scores += at * room
+    blocks, top = best_blocks(
+        scores, peaks + at * (room // GROUP), space + at * (KP * GROUP), first // B * (B // UNIT), room, ROWS, TOP_K,
+        KP, GROUP, GROUPS,
+    )  # fmt: skip
+    rank = tl.arange(0, KP)[None, :]
+    kept = real[:, None] & (rank < TOP_K)
+    tl.store(chosen + to[:, None] + rank, blocks, mask=kept)
+    tl.store(tops + at + tl.arange(0, ROWS), top)
+    nothing = tl.full([ROWS, KP], float("-inf"), tl.float32)
+    tl.store(scores + tl.arange(0, ROWS)[:, None] * room + blocks, nothing, mask=kept)
+
+
+@triton.jit(
+    do_not_specialize=["heads", "heads_all", "first_head", "first_work", "num_tiles", "sparse_start", "num_sparse"]
+)
+def _strike(
+    scores, chosen, heads, heads_all, first_head, first_work, num_tiles, sparse_start, num_sparse, room,
+    G: tl.constexpr, TOP_K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    place = tl.arange(0, BM)
+    _, at, real = _whose(
+        place, tl.program_id(0) + first_work, first_head, heads, heads_all, num_tiles, sparse_start, num_sparse, G,
+        TOP_K, BM,
+    )  # fmt: skip
+    rank = tl.arange(0, KP)[None, :]
+    block = tl.load(chosen + at[:, None] + rank, mask=real[:, None] & (rank < TOP_K), other=-1)
+    to = scores + (tl.program_id(0).to(tl.int64) * BM + place)[:, None] * room + block
+    tl.store(to, tl.full([BM, KP], float("-inf"), tl.float32), mask=block >= 0)

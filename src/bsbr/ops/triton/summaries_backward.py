@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from bsbr.ops.summaries import Summaries
-from bsbr.ops.triton.scores import load_blocks, load_chosen, score_factors, strike, tile_scores
 from bsbr.ops.triton.fields_backward import FarRows
 from bsbr.ops.triton.problem import Problem
+from bsbr.ops.triton.scores import load_blocks, load_chosen, score_factors, strike, tile_scores
 from bsbr.ops.triton.summaries import FarField, padded
 
 _TOKENS = 4096
