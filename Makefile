@@ -11,7 +11,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 OUTPUT ?= results
 WORKERS ?= 2
-LONG ?= numerics selection gradients lengths poison causality isolation faults
+LONG ?= numerics selection gradients lengths poison causality isolation faults \
+  kills disk_full damage bad_input headers browser replays dependencies ragged soak
 
 .PHONY: evaluate test test-long check lint setup setup-dev clean
 

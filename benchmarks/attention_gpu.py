@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from bsbr.config import BSBRConfig
@@ -25,6 +26,8 @@ from bsbr.ops.schedule import dense_until
 PEERS = {"sdpa-cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa-flash": SDPBackend.FLASH_ATTENTION}
 DROP = "far field dropped"
 """The same blocks retrieved, and nothing else of the past, as MoBA does; by the same kernels."""
+FLEX = "flex"
+"""FlexAttention with the blocks that bsbr chose as its mask, and nothing else of the past."""
 
 TOLERANCE = 2.0**-6
 """Largest error at a checked row in units of the weighted mean of absolute values: two roundings to bfloat16."""
@@ -45,7 +48,8 @@ def main() -> None:
         tensors = draw(length, options.heads, options.key_heads, options.width)
         checked = check(tensors, config) if length > dense_until(config) else None
         for name in options.passes:
-            contenders = ["bsbr", *options.drop, *(peer for peer in PEERS if length <= options.longest_peer)]
+            contenders = ["bsbr", *options.drop, *(peer for peer in options.peers if length <= options.longest_peer)]
+            contenders += [FLEX] if length <= options.flex_until and name == "forward" else []
             row = {
                 "length": length,
                 "pass": name,
@@ -56,7 +60,9 @@ def main() -> None:
             row["peak_bytes"] = {}
             for contender in contenders:
                 call = make_call(contender, name, tensors, config)
-                samples, peak = measure(call, options.budget)
+                samples, peak = measure(
+                    call, options.budget, warm=contender not in PEERS or length <= options.warm_until
+                )
                 row["time_ms"][contender] = summary(samples)
                 row["peak_bytes"][contender] = peak
             ours = row["time_ms"]["bsbr"]["median"]
@@ -80,6 +86,9 @@ def make_call(contender: str, name: str, tensors: list[Tensor], config: BSBRConf
     """A call without arguments that does one pass of one contender."""
     dropped = BSBRConfig.from_dict(config.to_dict() | {"far": "drop", "state": "none"})
 
+    if contender == FLEX:
+        return _flex_call(tensors, config)
+
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if contender in ("bsbr", DROP):
             o = bsbr_attention(q, k, v, config if contender == "bsbr" else dropped)
@@ -99,6 +108,33 @@ def make_call(contender: str, name: str, tensors: list[Tensor], config: BSBRConf
         return torch.autograd.grad(attend(*leaves), leaves, tensors[3])
 
     return forward if name == "forward" else forward_backward
+
+
+def _flex_call(tensors: list[Tensor], config: BSBRConfig) -> Callable[[], object]:
+    """The mask is made before the clock starts; a tile of it is skipped only if none of its queries reads the block."""
+    q, k, v = (x.transpose(1, 2) for x in tensors[:3])
+    length, first = q.shape[2], dense_until(config)
+    chosen = _choice(tensors, config)[0].long()
+    reads = torch.zeros(q.shape[1], length, length // config.unit + 1, dtype=torch.bool, device="cuda")
+    reads[:, :first] = True
+    reads[:, first:].scatter_(2, chosen.transpose(0, 1), True)
+
+    def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j <= i) & (reads[h, i, j // config.unit] | (j // config.block_size == i // config.block_size))
+
+    blocks = create_block_mask(mask, 1, q.shape[1], length, length, _compile=True)
+    attend = torch.compile(flex_attention)
+    return lambda: attend(q, k, v, block_mask=blocks, enable_gqa=True)
+
+
+def _choice(tensors: list[Tensor], config: BSBRConfig) -> Tensor:
+    """The blocks chosen for the sparse queries, [1, S, HQ, top_k]."""
+    from bsbr.ops.triton.operator import encode  # registers the operator, which gives the choice of blocks too
+
+    calibration = torch.tensor(UNCALIBRATED, device="cuda").expand(tensors[0].shape[2], 5).contiguous()
+    with torch.no_grad():
+        given = (*tensors[:3], calibration, None, encode(config), tensors[0].shape[3] ** -0.5, 0)
+        return torch.ops.bsbr.attention(*given)[2]
 
 
 def check(tensors: list[Tensor], config: BSBRConfig, rows: int = 8) -> dict[str, float]:
@@ -132,9 +168,10 @@ def check(tensors: list[Tensor], config: BSBRConfig, rows: int = 8) -> dict[str,
     return {"max_error": worst, "same_choice": same / count, "rows": count}
 
 
-def measure(call: Callable[[], object], budget_s: float) -> tuple[list[float], int]:
+def measure(call: Callable[[], object], budget_s: float, warm: bool = True) -> tuple[list[float], int]:
     """Milliseconds of each call, between events, cache flushed; 20 calls or what the budget allows, at least 3."""
-    call()
+    if warm:
+        call()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -216,6 +253,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--dense-below", type=int, default=4096, help="positions below it are exact")
     parser.add_argument("--drop", action="store_const", const=(DROP,), default=(), help="time MoBA's form too")
+    parser.add_argument("--flex-until", type=int, default=0, help="FlexAttention is timed up to this length, forward")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--warm-until", type=int, default=1 << 19, help="beyond, a peer's first call is the timed one")
     parser.add_argument("--longest-peer", type=int, default=1 << 20, help="peers are timed up to this length")
     parser.add_argument("--budget", type=float, default=2.0, help="seconds for the calls of one contender")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/attention_gpu.json"))

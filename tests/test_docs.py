@@ -14,6 +14,7 @@ import pytest
 from bsbr.cli import COMMANDS, _parser
 from bsbr.evaluation.suite import RECORDS
 from bsbr.evaluation.sweep import RECORDS as SWEEP_RECORDS
+from bsbr.files import MANIFEST
 from bsbr.report.definitions import METRICS
 from bsbr.report.names import CAPTIONS, SECTIONS, SPEED_VARIANTS, VARIANTS
 
@@ -21,8 +22,16 @@ ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 CODE = [page for page in PAGES if "```python" in page.read_text()]
 ROOTS = (ROOT, ROOT / "src" / "bsbr")
-WRITTEN = {*CAPTIONS, *(f"{name}.json" for name in SECTIONS), "report.html", "summary.md", RECORDS, SWEEP_RECORDS}
-"""Files that an evaluation writes, which pages name without a folder."""
+WRITTEN = {
+    *CAPTIONS,
+    *(f"{name}.json" for name in SECTIONS),
+    "report.html",
+    "summary.md",
+    RECORDS,
+    SWEEP_RECORDS,
+    MANIFEST,
+}
+"""Files that an evaluation or a conversion writes, which pages name without a folder."""
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"(?:results/)?[\w.-]+(?:/[\w.-]+)*(?:/|\.(?:py|md|json|jsonl|toml|svg|png|html|txt|xz))")

@@ -6,6 +6,9 @@ import pytest
 from benchmarks.reliability import FOLDER, SCHEMA, SECTIONS, record
 from benchmarks.reliability_page import PAGE, read_results, render
 
+from tests.long.faults import LIST, check_list
+
+ROOT = FOLDER.parents[2]
 FILES = sorted(FOLDER.glob("*.json"))
 
 
@@ -24,6 +27,13 @@ def test_every_result_is_whole_and_has_no_open_failure(file):
     assert "\n" not in result["claim"] + result["conditions"] + result["measured"]
     assert result["command"].startswith(("python", "make", "bsbr"))
     assert all(isinstance(sentence, str) for key in ("mended", "not_covered") for sentence in result[key])
+
+
+def test_the_list_of_faults_fits_the_sources():
+    check_list()
+    assert len(LIST) >= 40
+    missing = {test for fault in LIST for test in fault.tests if not (ROOT / "tests" / test).exists()}
+    assert not missing
 
 
 def test_what_failed_and_what_would_break_a_table_is_shown(tmp_path):

@@ -128,8 +128,8 @@ def main() -> int:
     check_list()
     start = time.perf_counter()
     wanted = {name: fault for name, fault in FAULTS.items() if re.search(args.only, name)}
-    unfaulted = run_all("faults_none", sorted({" ".join(fault.tests) for fault in wanted.values()}), sound)
     rows = run_all("faults", wanted, inject)
+    unfaulted = run_all("faults_none", sorted({" ".join(fault.tests) for fault in wanted.values()}), sound)
     survivors = [name for name, row in rows.items() if row["outcome"] == "passed"]
     for name in survivors:
         print(f"not noticed: {name}")

@@ -36,6 +36,7 @@ def run(
     Returns:
         How it ended.
     """
+    log.write_bytes(b"")
     started = time.monotonic()
     child = os.fork()
     if not child:

@@ -90,6 +90,7 @@ def main() -> int:
     """Kill, resume, compare, write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50, help="of each kind of work")
+    parser.add_argument("--minutes", type=float, default=600.0, help="no kill is begun after so many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="one kind of work")
     parser.add_argument("--dry", action="store_true", help="write no result")
@@ -97,29 +98,27 @@ def main() -> int:
     torch.set_num_threads(1)
     started, rows = time.monotonic(), []
     with tempfile.TemporaryDirectory() as folder:
-        place = make(Path(folder) / "given")
-        for name, command in commands(place).items():
-            if args.only not in (None, name):
-                continue
-            own = Path(folder) / name.split()[0]
+        place, own = make(Path(folder) / "given"), Path(folder) / "own"
+        work = {name: command for name, command in commands(place).items() if args.only in (None, name)}
+        expected = {}
+        for name, command in work.items():
             own.mkdir()
-            expected = unbroken(command, own)
+            expected[name] = unbroken(command, own)
             shutil.rmtree(own)
-            for number in range(args.kills):
-                draw = random.Random(f"{args.seed} {name} {number}")
+        for number in range(args.kills):
+            for name, command in work.items():
+                if time.monotonic() - started > 60 * args.minutes:
+                    continue
                 own.mkdir()
-                rows.append(strike(name, command, expected, draw, own))
-            mine = [row for row in rows if row["work"] == name]
-            bad = [row for row in mine if row["fault"]]
-            print(
-                f"{name}: {len(mine)} kills, {sum(row['killed'] for row in mine)} struck, {len(bad)} faults", flush=True
-            )
-            for row in bad:
-                print(f"  {row['where']}: {row['fault']}", flush=True)
+                rows.append(strike(name, command, expected[name], random.Random(f"{args.seed} {name} {number}"), own))
+                if rows[-1]["fault"]:
+                    print(f"{name} {number}, {rows[-1]['where']}: {rows[-1]['fault']}", flush=True)
+            print(f"{len(rows)} kills", flush=True)
     failures = sum(bool(row["fault"]) for row in rows)
     if args.dry:
         return int(bool(failures))
-    struck = {name: sum(row["killed"] for row in rows if row["work"] == name) for name in commands(Path())}
+    counts = {name: sum(row["work"] == name for row in rows) for name in work}
+    struck = {name: sum(row["killed"] for row in rows if row["work"] == name) for name in work}
     record(
         "kills",
         section="Persistence",
@@ -128,7 +127,7 @@ def main() -> int:
         "bit for bit, and leaves no temporary file.",
         cases=len(rows),
         failures=failures,
-        measured="; ".join(f"{name}: {args.kills} kills, {n} of them before its end" for name, n in struck.items()),
+        measured="; ".join(f"{name}: {counts[name]} kills, {n} before its end" for name, n in struck.items()),
         mended=[
             "A fine-tuning run killed while it wrote a checkpoint went on from the half-written one, or failed: only "
             "checkpoints with a manifest count now.",

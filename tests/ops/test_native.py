@@ -11,7 +11,7 @@ from bsbr.config import BSBRConfig
 from bsbr.ops import bsbr_attention, log_mass, reference_attention, resolve_backend, summarize
 from bsbr.ops.native.build import load_library
 from bsbr.ops.native.forward import why_not_native
-from tests.ops.cases import error_bound, random_case
+from tests.ops.cases import Case, error_bound, random_case
 
 needs_native = pytest.mark.skipif(isinstance(load_library(), str), reason=f"no native code: {load_library()}")
 CONFIG = BSBRConfig(dense_below=0, block_size=32, top_k=2)
@@ -45,6 +45,19 @@ def test_values_stay_within_the_forward_error_bound():
         torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-4)
         count += 1
     assert count > 100
+
+
+@needs_native
+@pytest.mark.parametrize(("size", "unit"), [(256, 256), (300, 150), (200, 200)])
+def test_blocks_that_are_read_in_several_pieces(size, unit):
+    """The code works on pieces of 128 keys."""
+    q, k, v = draw(9, 1, 2 * size + 2 * unit + 70, 1, 16, group=2)
+    config = BSBRConfig(dense_below=0, block_size=size, retrieval_block_size=unit, top_k=1)
+    expected, _, chosen = reference_attention(q, k, v, config)
+    plain = torch.tensor([[0.0, 1, 1, 1, 1]], dtype=torch.float64).repeat(2, 1)
+    case = Case(9, config, q.double(), k.double(), v.double(), plain, 0, None)
+    actual = bsbr_attention(q, k, v, config, block_indices=chosen, backend="native")
+    assert ((actual.double() - expected).abs() / error_bound(case, q, k, v, chosen)).max() <= 1
 
 
 @needs_native

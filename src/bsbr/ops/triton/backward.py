@@ -41,15 +41,15 @@ def backward(
         Gradients of q, k, v and calibration.
     """
     config, heads, width, dense = problem.config, k.shape[0] * k.shape[2], q.shape[3], problem.num_dense
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dcalibration = torch.zeros_like(calibration)
     do = do.contiguous()
-    prefix: list[Tensor] = []
+    if not problem.num_sparse:
+        dq, dk, dv = prefix_backward(do, q, k, v, o, lse, problem.scale)
+        return dq.contiguous(), dk.contiguous(), dv.contiguous(), dcalibration
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     if dense:
         own_do, own_q, own_k, own_v, own_o, own_lse = (x[:, :dense] for x in (do, q, k, v, o, lse))
         dq[:, :dense], *prefix = prefix_backward(own_do, own_q, own_k, own_v, own_o, own_lse, problem.scale)
-    if not problem.num_sparse:
-        return dq, prefix[0].to(k.dtype), prefix[1].to(v.dtype), dcalibration
     delta = _row_products(do, o)
     dk, dv = (torch.empty(k.shape, dtype=torch.float32, device=k.device) for _ in range(2))
     local_backward(problem, q, k, v, do, lse, delta, dk, dv)

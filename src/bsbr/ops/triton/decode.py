@@ -20,8 +20,9 @@ from bsbr.config import BSBRConfig
 from bsbr.ops.triton.decode_kernels import _attend, _choose, _merge
 from bsbr.ops.triton.summaries import padded
 
-_PIECE_BYTES, _PIECES = 1 << 14, 4
-"""Largest piece of keys that is loaded at once, and pieces that one program reads one after the other."""
+_PIECE_BYTES, _MOST_KEYS, _PIECES, _STAGES = 1 << 14, 64, 8, 3
+"""Largest piece of keys that is loaded at once, pieces that one program reads one after the other, and how many of
+them are on their way at once, with the one that is used."""
 
 _TILE, _FAR_PARTS = 32, 16
 """Summaries read at once, and the most parts the far field is cut into."""
@@ -72,14 +73,15 @@ def triton_decode(
     zs, columns, room = num_rows * heads, steps * (num_heads // heads), held.meta.shape[2]
     past_k, past_v = (held.own_k, held.own_v) if held.past_k is None else (held.past_k, held.past_v)
     mean_v, states = (held.meta if x is None else x for x in (held.mean_v, held.states))
-    keys = min(64, config.unit, _PIECE_BYTES // (padded(width) * q.element_size()))
+    keys = min(_MOST_KEYS, config.unit, _PIECE_BYTES // (padded(width) * q.element_size()))
     exact = triton.cdiv(config.top_k * config.unit // keys, _PIECES) + config.block_size // keys
     far_parts = 0
     if config.far != "drop":
         far_parts = min(_FAR_PARTS, triton.cdiv(room, _TILE))
     column_tile = triton.next_power_of_2(columns)
-    searched = min(max(64, 4096 // column_tile), max(32, triton.next_power_of_2(room)))
-    mass_lines = triton.cdiv(room, searched) * searched // 32  # whole cache lines, and whole tiles, for a column
+    mass_lines = triton.cdiv(room, 32)  # whole cache lines for a column
+    tiles = max(32, triton.next_power_of_2(triton.cdiv(room, _TILE)))  # here too, so that no other has read them
+    peaks = held.meta.new_empty(zs, columns, tiles)
     mass = held.meta.new_empty(zs, columns, mass_lines * 32)
     chosen = rows.new_empty(zs, columns, max(1, config.top_k), dtype=torch.int32)
     bounds = rows.new_empty(zs, columns, 2, dtype=torch.int64)
@@ -93,16 +95,16 @@ def triton_decode(
     blocks = {"B": config.block_size, "UNIT": config.unit, "TOP_K": config.top_k}
     base = math.log2(math.e)
     _choose[(zs, columns + triton.cdiv(room, _TILE))](
-        q, k, v, held.own_k, held.own_v, held.meta, states, calibration, rows, lengths, counters, mass, chosen,
-        bounds, read, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], heads, room, mass_lines, scale * base,
-        scale * scale / 2 * base, scale, BN=_TILE, CP=column_tile, BM=searched,
-        MOMENTS=config.far == "moments",
+        q, k, v, held.own_k, held.own_v, held.meta, states, calibration, rows, lengths, counters, mass,
+        peaks, chosen, bounds, read, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], heads, room, mass_lines,
+        scale * base, scale * scale / 2 * base, scale, BN=_TILE, CP=column_tile,
+        KP=triton.next_power_of_2(max(1, config.top_k)), TP=tiles, MOMENTS=config.far == "moments",
         STATE=config.state != "none", **blocks, **shared, num_warps=8,
     )  # fmt: skip
     _attend[(zs, columns * exact + far_parts)](
         q, held.own_k, held.own_v, past_k, past_v, mean_v, mass, chosen, bounds, rows, lengths, part_o, part_lse,
         *q.stride()[:3], heads, past_k.shape[2], room, mass_lines, scale * base, KEYS=keys, PIECES=_PIECES,
-        FAR=far_parts, BN=_TILE, **blocks, **shared, num_warps=4,
+        STAGES=_STAGES, FAR=far_parts, BN=_TILE, **blocks, **shared, num_warps=4,
     )  # fmt: skip
     _merge[(zs * columns,)](
         part_o, part_lse, read, calibration, rows, lengths, o, heads, EXACT=exact, FAR=far_parts,

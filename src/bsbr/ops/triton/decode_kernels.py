@@ -3,7 +3,11 @@
 import triton
 import triton.language as tl
 
-_ALWAYS = tl.constexpr(2**63 - 1)
+_ALWAYS, _NEVER = tl.constexpr(2**63 - 1), tl.constexpr(-(2**63))
+"""Above and below every `_ordered` number."""
+
+_NOWHERE = tl.constexpr(1 << 24)
+"""A tile after all tiles."""
 
 
 @triton.jit
@@ -28,6 +32,11 @@ def _ordered(bits, n):
 
 
 @triton.jit
+def _place_of(key):
+    return 0x7FFFFFFF - (key & 0x7FFFFFFF).to(tl.int32)
+
+
+@triton.jit
 def _score_of(key):
     bits = (key >> 32).to(tl.int32)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
@@ -35,38 +44,48 @@ def _score_of(key):
 
 @triton.jit
 def _select(
-    mass, chosen, bounds, z, num, room, TOP_K: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, BM: tl.constexpr
+    mass, peaks, chosen, bounds, z, num, room, TOP_K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
+    BN: tl.constexpr, TP: tl.constexpr,
 ):  # fmt: skip
-    """The best blocks of the columns of a key head, and the bounds of what is left to the far field."""
+    """The best blocks of the columns of a key head, and the bounds of what is left to the far field.
+
+    The best TOP_K blocks lie in the TOP_K tiles of BN blocks whose largest mass is largest.
+    """
     c = tl.arange(0, CP)
     column = z.to(tl.int64) * C + tl.minimum(c, C - 1)
     tl.store(bounds + column * 2, tl.full([CP], _ALWAYS, tl.int64), mask=c < C)
-    bound, place = tl.full([CP], 2**31 - 1, tl.int32), tl.full([CP], -1, tl.int32)
-    for j in tl.static_range(TOP_K + 1):  # each time the best after the one before
-        best, at = tl.full([CP], -(2**31), tl.int32), tl.full([CP], 0, tl.int32)
-        for first in range(0, num, BM):
-            n = (first + tl.arange(0, BM))[None, :]
-            # without a mask, so that loads are wide: a column has room for whole tiles
-            bits = _bits(tl.load(mass + column[:, None] * room + n))
-            left = (n < num) & ((bits < bound[:, None]) | ((bits == bound[:, None]) & (n > place[:, None])))
-            value = tl.max(tl.where(left, bits, -(2**31)), 1)
-            found = tl.min(tl.where(left & (bits == value[:, None]), n, 2**31 - 1), 1)
-            at = tl.where(value > best, found, at)
-            best = tl.maximum(best, value)
-        bound, place = best, at
-        if j < TOP_K:
-            tl.store(chosen + column * TOP_K + j, place, mask=c < C)
-        if j == TOP_K - 1:
-            tl.store(bounds + column * 2, _ordered(bound, place), mask=c < C)
-    tl.store(bounds + column * 2 + 1, _ordered(bound, place), mask=c < C)
+    t = tl.arange(0, TP)[None, :]
+    keys = _ordered(_bits(tl.load(peaks + column[:, None] * TP + t)), t)
+    keys = tl.where(t < tl.cdiv(num, BN), keys, _NEVER)
+    for j in tl.static_range(TOP_K):
+        best = tl.max(keys, 1)
+        keys = tl.where(keys == best[:, None], _NEVER, keys)
+        tl.store(chosen + column * TOP_K + j, tl.where(best == _NEVER, _NOWHERE, _place_of(best)), mask=c < C)
+    rest = tl.max(keys, 1)
+    if TOP_K > 0:
+        tl.debug_barrier()
+        i = tl.arange(0, KP * BN)[None, :]
+        tile = tl.load(chosen + column[:, None] * TOP_K + i // BN, mask=i < TOP_K * BN, other=_NOWHERE)
+        n = tile * BN + i % BN
+        keys = _ordered(_bits(tl.load(mass + column[:, None] * room + n, mask=n < num, other=0.0)), n)
+        keys = tl.where(n < num, keys, _NEVER)
+        tl.debug_barrier()
+        for j in tl.static_range(TOP_K):
+            best = tl.max(keys, 1)
+            keys = tl.where(keys == best[:, None], _NEVER, keys)
+            tl.store(chosen + column * TOP_K + j, _place_of(best), mask=c < C)
+            if j == TOP_K - 1:
+                tl.store(bounds + column * 2, best, mask=c < C)
+        rest = tl.maximum(rest, tl.max(keys, 1))
+    tl.store(bounds + column * 2 + 1, rest, mask=c < C)
 
 
 @triton.jit(do_not_specialize=["heads", "room", "mass_lines"])
 def _choose(
-    q, k, v, own_k, own_v, meta, states, calibration, rows, lengths, counters, mass, chosen, bounds, read,
+    q, k, v, own_k, own_v, meta, states, calibration, rows, lengths, counters, mass, peaks, chosen, bounds, read,
     qb, qt, qh, kb, kt, kh, vb, vt, vh, heads, room, mass_lines, mean_scale, var_scale, scale,
     S: tl.constexpr, G: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, TOP_K: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr, BN: tl.constexpr, CP: tl.constexpr, BM: tl.constexpr, MOMENTS: tl.constexpr,
+    DP: tl.constexpr, BN: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, TP: tl.constexpr, MOMENTS: tl.constexpr,
     STATE: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
     z, task = tl.program_id(0), tl.program_id(1)
@@ -115,11 +134,13 @@ def _choose(
                 terms += var * (query * query * (var_scale * tl.load(scalars + 2)))[None, :]
             score = tl.sum(terms, 1) + (tl.load(scalars) * 1.4426950408889634 + tl.log2(UNIT * 1.0))
             tl.store(mass + (z.to(tl.int64) * C + c) * mass_room + n, score, mask=n < num)
+            peak = tl.max(tl.where(n < num, score, float("-inf")), 0)
+            tl.store(peaks + (z.to(tl.int64) * C + c) * TP + task - C, peak)
         # the program that is last of its key head has all masses before it: nobody else has read these lines
         tl.debug_barrier()
         if tl.atomic_add(counters + z, 1) == tl.cdiv(num, BN) - 1:
             tl.store(counters + z, 0)
-            _select(mass, chosen, bounds, z, num, mass_room, TOP_K, C, CP, BM)
+            _select(mass, peaks, chosen, bounds, z, num, mass_room, TOP_K, KP, C, CP, BN, TP)
 
 
 @triton.jit
@@ -139,8 +160,8 @@ def _read_exactly(k, v, query, count, KEYS: tl.constexpr, D: tl.constexpr, DP: t
 
 @triton.jit
 def _read_chosen(
-    k, v, chosen, query, begin, end, score_scale, UNIT: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr,
+    k, v, chosen, query, begin, end, score_scale, UNIT: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
     """Attention of one query to pieces of its chosen blocks. Tensor cores want 16 queries, so it is there 16 times; the
     products are what makes the compiler load pieces ahead of their use."""
@@ -149,7 +170,7 @@ def _read_chosen(
     top = tl.full([16], -1e38, tl.float32)
     total = tl.zeros([16], tl.float32)
     acc = tl.zeros([16, DP], tl.float32)
-    for piece in tl.range(begin, end, num_stages=5):
+    for piece in tl.range(begin, end, num_stages=STAGES):
         first = tl.load(chosen + piece // (UNIT // KEYS)) * UNIT + piece % (UNIT // KEYS) * KEYS
         offset = (first + n).to(tl.int64)[:, None] * D + d[None, :]
         keys = tl.load(k + offset, mask=(d < D)[None, :], other=0.0)
@@ -169,7 +190,8 @@ def _attend(
     q, own_k, own_v, past_k, past_v, mean_v, mass, chosen, bounds, rows, lengths, part_o, part_lse,
     qb, qt, qh, heads, past_room, room, mass_lines, score_scale,
     S: tl.constexpr, G: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, KEYS: tl.constexpr, PIECES: tl.constexpr,
-    TOP_K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FAR: tl.constexpr, BN: tl.constexpr, EVERY: tl.constexpr,
+    STAGES: tl.constexpr, TOP_K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FAR: tl.constexpr, BN: tl.constexpr,
+    EVERY: tl.constexpr,
 ):  # fmt: skip
     z, task = tl.program_id(0), tl.program_id(1)
     LAST: tl.constexpr = TOP_K * (UNIT // KEYS)
@@ -191,7 +213,7 @@ def _attend(
             where = at * past_room * D
             o, lse = _read_chosen(
                 past_k + where, past_v + where, chosen + (first_column + c) * TOP_K, query, j * PIECES,
-                min(j * PIECES + PIECES, LAST), score_scale, UNIT, KEYS, D, DP,
+                min(j * PIECES + PIECES, LAST), score_scale, UNIT, KEYS, STAGES, D, DP,
             )  # fmt: skip
             tl.store(part_o + to * D + d, o, mask=inside)
             tl.store(part_lse + to, lse)

@@ -8,8 +8,7 @@ from bsbr.ops.tiles import attend, attend_backward
 
 def attend_prefix(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Causal attention of the first tokens, [B, P, heads, D]; returns o in that layout and lse [B, P, HQ]."""
-    if _has_flash(q) and q.shape[3] <= 128 and torch.cuda.get_device_capability(q.device)[0] == 9:
-        # twice as fast as the next one on Hopper; the backward pass of the next one takes what it saves
+    if _on_hopper(q):  # twice as fast as the next one there
         o, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
             *_heads_first(q, k, v), None, True, 0.0, True, scale=scale
         )[:2]  # fmt: skip
@@ -27,6 +26,14 @@ def prefix_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v of `attend_prefix`, in its layout."""
+    if _on_hopper(q):
+        length, unused = q.shape[1], torch.zeros(2, dtype=torch.int64, device=q.device)
+        own_lse = lse.transpose(1, 2).contiguous()[..., None]
+        gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            *_heads_first(do, q, k, v, o), own_lse, unused[0], unused[1], None, None, None, length, length, 0.0, True,
+            scale=scale,
+        )  # fmt: skip
+        return tuple(x.transpose(1, 2) for x in gradients)  # type: ignore[return-value]
     if _has_flash(q):
         length, unused = q.shape[1], torch.zeros(2, dtype=torch.uint64, device=q.device)
         own_lse = lse.transpose(1, 2).contiguous()
@@ -43,6 +50,10 @@ def prefix_backward(
 
 def _has_flash(q: Tensor) -> bool:
     return q.is_cuda and q.element_size() == 2
+
+
+def _on_hopper(q: Tensor) -> bool:
+    return _has_flash(q) and q.shape[3] <= 128 and torch.cuda.get_device_capability(q.device)[0] == 9
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:

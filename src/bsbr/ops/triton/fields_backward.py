@@ -7,9 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bsbr.ops.triton.far import load_chosen, strike
 from bsbr.ops.triton.problem import Problem
-from bsbr.ops.triton.routing import load_blocks, score_factors, tile_scores
+from bsbr.ops.triton.scores import load_blocks, load_chosen, score_factors, strike, tile_scores
 from bsbr.ops.triton.summaries import FarField, padded
 
 
@@ -63,7 +62,7 @@ def fields_backward(
         tiles, problem.sparse_start, problem.q_start, problem.num_queries, *problem.score_scales, problem.scale,
         G=problem.group, B=config.block_size, UNIT=config.unit, TOP_K=config.top_k, D=width, DP=padded(width), BM=rows,
         BN=32, FAR=config.far != "drop", MOMENTS=config.far == "moments", STATE=config.state != "none",
-        num_warps=8 if width > 64 else 4, num_stages=1,
+        num_warps=8 if width > 128 else 4, num_stages=1,
     )  # fmt: skip
     return sums.sum(0)
 

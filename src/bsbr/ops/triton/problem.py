@@ -77,11 +77,6 @@ class Problem(NamedTuple):
         return min(self.most_rows, self.config.block_size & -self.config.block_size)
 
     @property
-    def num_tiles(self) -> int:
-        """Tiles that cover the sparse queries; the first and the last may be part empty."""
-        return -(-self.stop // self.tile_rows) - self.sparse_start // self.tile_rows
-
-    @property
     def score_scales(self) -> tuple[float, float]:
         """Factors that turn q.k and (q*q).var / 2 into powers of two."""
         return self.scale * math.log2(math.e), self.scale**2 / 2 * math.log2(math.e)
@@ -89,12 +84,13 @@ class Problem(NamedTuple):
     def heads_at_once(self, num_heads: int, part_bytes: int) -> int:
         """Key heads of all rows that are worked on together, so that partial results stay within the workspace."""
         parts = self.num_sparse * self.group * self.parts
-        return max(1, min(num_heads, _WORKSPACE // (parts * part_bytes)))
+        most = max(1, min(num_heads, _WORKSPACE // (parts * part_bytes)))
+        return -(-num_heads // -(-num_heads // most))  # as even as the number of rounds allows
 
     @property
     def parts(self) -> int:
-        """Partial results of a query: retrieved blocks, local field, far field."""
-        return self.config.top_k + (1 if self.config.far == "drop" else 2)
+        """Partial results of a query: each retrieved block, and local and far field together."""
+        return self.config.top_k + 1
 
 
 def make_problem(q: Tensor, k: Tensor, config: BSBRConfig, scale: float, q_start: int) -> Problem:

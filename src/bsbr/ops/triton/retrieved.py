@@ -31,8 +31,27 @@ def attend_pairs(
         pairs.counts.shape[1], pairs.counts.numel(), pairs.pair.shape[1], first_head,
         problem.num_dense, problem.score_scales[0],
         PARTS=part_o.shape[2], G=problem.group, TOP_K=problem.config.top_k, UNIT=unit, D=width,
-        DP=padded(width), ROWS=pairs.rows, BM=min(64, problem.most_rows), num_warps=4, num_stages=3,
+        DP=padded(width), ROWS=pairs.rows, BM=min(64, problem.most_rows), num_warps=4, num_stages=1,
     )  # fmt: skip
+
+
+@triton.jit
+def _pairs_at(pairs, count, BM: tl.constexpr):
+    """The next BM pairs of `count`."""
+    place = tl.arange(0, BM)
+    return tl.load(pairs + place, mask=place < count, other=0)
+
+
+@triton.jit
+def _queries_of(
+    head_q, pair, count, qt, qh, G: tl.constexpr, TOP_K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BM: tl.constexpr,
+):  # fmt: skip
+    """The queries of a tile of pairs, [BM, DP]."""
+    query, d = pair // TOP_K, tl.arange(0, DP)
+    held = (tl.arange(0, BM) < count)[:, None] & (d < D)[None, :]
+    at = (query // G).to(tl.int64) * qt + query % G * qh
+    return tl.load(head_q + at[:, None] + d[None, :], mask=held, other=0.0)
 
 
 @triton.jit(do_not_specialize=["heads", "num_blocks", "all_blocks", "pairs_per_head", "first_head", "first_query"])
@@ -59,18 +78,20 @@ def _attend(
     head_q = q + row * qb + head * G * qh + first_query.to(tl.int64) * qt
     own_pairs = pairs + z * pairs_per_head + tl.load(start + block)
     first_part = z * (pairs_per_head // TOP_K * PARTS)
+    pair = _pairs_at(own_pairs + begin, own_count - begin, BM)
+    own_q = _queries_of(head_q, pair, own_count - begin, qt, qh, G, TOP_K, D, DP, BM)
+    next_pair = _pairs_at(own_pairs + begin + BM, own_count - begin - BM, BM)
     for at in range(begin, min(begin + ROWS, own_count), BM):
-        place = at + tl.arange(0, BM)
-        used = place < own_count
-        pair = tl.load(own_pairs + place, mask=used, other=0)
-        query = pair // TOP_K
-        at_q = (query // G).to(tl.int64) * qt + query % G * qh
-        own_q = tl.load(head_q + at_q[:, None] + d[None, :], mask=used[:, None] & inside, other=0.0)
+        # the next queries are on their way while these are worked on, and where the ones after them are is asked
+        next_q = _queries_of(head_q, next_pair, own_count - at - BM, qt, qh, G, TOP_K, D, DP, BM)
+        pair_after = _pairs_at(own_pairs + at + 2 * BM, own_count - at - 2 * BM, BM)
+        used = tl.arange(0, BM) < own_count - at
         scores = tl.dot(own_q, tl.trans(own_k), input_precision="ieee") * scale
         top = tl.max(scores, 1)
         weights = tl.exp2(scores - top[:, None])
         total = tl.sum(weights, 1)
         o = tl.dot(weights.to(own_v.dtype), own_v, input_precision="ieee") / total[:, None]
-        to = first_part + query * PARTS + pair % TOP_K
+        to = first_part + pair // TOP_K * PARTS + pair % TOP_K
         tl.store(part_lse + to, top + tl.log2(total), mask=used)
         tl.store(part_o + to[:, None] * D + d[None, :], o.to(part_o.dtype.element_ty), mask=used[:, None] & inside)
+        pair, own_q, next_pair = next_pair, next_q, pair_after

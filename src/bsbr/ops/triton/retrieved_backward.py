@@ -6,6 +6,7 @@ from torch import Tensor
 
 from bsbr.ops.triton.pairs import Pairs
 from bsbr.ops.triton.problem import Problem
+from bsbr.ops.triton.retrieved import _pairs_at, _queries_of
 from bsbr.ops.triton.summaries import padded
 
 
@@ -40,8 +41,21 @@ def pairs_backward(
         k.shape[2], k.shape[1], pairs.counts.shape[1], pairs.counts.numel(), pairs.pair.shape[1], first_head,
         problem.num_dense, problem.num_queries, problem.score_scales[0], problem.scale,
         G=problem.group, TOP_K=problem.config.top_k, UNIT=unit, D=width, DP=padded(width), ROWS=pairs.rows,
-        BM=problem.gradient_rows, num_warps=8 if width > 64 else 4, num_stages=1,
+        BM=32, num_warps=8 if width > 64 else 4, num_stages=1,
     )  # fmt: skip
+
+
+@triton.jit
+def _rows_of(
+    head_q, head_do, pair, count, qt, qh, heads, G: tl.constexpr, TOP_K: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """The queries of a tile of pairs and the gradients of their outputs, [BM, DP]."""
+    query, d = pair // TOP_K, tl.arange(0, DP)
+    held = (tl.arange(0, BM) < count)[:, None] & (d < D)[None, :]
+    at_do = ((query // G).to(tl.int64) * heads * G + query % G) * D
+    own_do = tl.load(head_do + at_do[:, None] + d[None, :], mask=held, other=0.0)
+    return _queries_of(head_q, pair, count, qt, qh, G, TOP_K, D, DP, BM), own_do
 
 
 @triton.jit(
@@ -77,32 +91,35 @@ def _pairs_backward(
     token = ((block % num_blocks) * UNIT + tl.arange(0, UNIT)).to(tl.int64)
     own_k = tl.load(k + row * kb + head * kh + token[:, None] * kt + d[None, :], mask=inside, other=0.0)
     own_v = tl.load(v + row * vb + head * vh + token[:, None] * vt + d[None, :], mask=inside, other=0.0)
-    head_q = q + row * qb + head * G * qh
+    head_q = q + row * qb + head * G * qh + first_query.to(tl.int64) * qt
+    head_do = do + ((row * num_queries + first_query) * heads + head) * (G * D)
     own_pairs = pairs + z * pairs_per_head + tl.load(start + block)
     first_part = z * (pairs_per_head // TOP_K * (TOP_K + 1))
     sum_k = tl.zeros([UNIT, DP], tl.float32)
     sum_v = tl.zeros([UNIT, DP], tl.float32)
+    pair = _pairs_at(own_pairs + begin, own_count - begin, BM)
+    own_q, own_do = _rows_of(head_q, head_do, pair, own_count - begin, qt, qh, heads, G, TOP_K, D, DP, BM)
+    next_pair = _pairs_at(own_pairs + begin + BM, own_count - begin - BM, BM)
     for at in range(begin, min(begin + ROWS, own_count), BM):
-        place = at + tl.arange(0, BM)
-        used = place < own_count
-        pair = tl.load(own_pairs + place, mask=used, other=0)
+        # the next rows are on their way while these are worked on
+        next_q, next_do = _rows_of(head_q, head_do, next_pair, own_count - at - BM, qt, qh, heads, G, TOP_K, D, DP, BM)
+        pair_after = _pairs_at(own_pairs + at + 2 * BM, own_count - at - 2 * BM, BM)
+        used = tl.arange(0, BM) < own_count - at
         query = pair // TOP_K
-        own = (first_query + query // G).to(tl.int64)
-        at_q = own * qt + query % G * qh
-        at_o = (row * num_queries + own) * (heads * G) + head * G + query % G
-        held = used[:, None] & inside
-        own_q = tl.load(head_q + at_q[:, None] + d[None, :], mask=held, other=0.0)
-        own_do = tl.load(do + at_o[:, None] * D + d[None, :], mask=held, other=0.0)
+        at_o = (row * num_queries + first_query + query // G) * (heads * G) + head * G + query % G
         top = tl.load(lse + at_o, mask=used, other=float("inf")) * 1.4426950408889634  # rows of nobody weigh nothing
-        weights = tl.exp2(tl.dot(own_q, tl.trans(own_k), input_precision="ieee") * score_scale - top[:, None])
-        dweights = tl.dot(own_do, tl.trans(own_v), input_precision="ieee")
         own_delta = tl.load(delta + at_o, mask=used, other=0.0)
-        dscores = (weights * (dweights - own_delta[:, None])).to(own_q.dtype)
-        sum_v = tl.dot(tl.trans(weights.to(own_do.dtype)), own_do, sum_v, input_precision="ieee")
-        sum_k = tl.dot(tl.trans(dscores), own_q, sum_k, input_precision="ieee")
-        dq = tl.dot(dscores, own_k, input_precision="ieee") * scale
+        # keys by queries: two of the products then take weights as they lie in registers
+        weights = tl.dot(own_k, tl.trans(own_q), input_precision="ieee") * score_scale
+        weights = tl.exp2(weights - top[None, :])
+        dweights = tl.dot(own_v, tl.trans(own_do), input_precision="ieee")
+        sum_v = tl.dot(weights.to(own_do.dtype), own_do, sum_v, input_precision="ieee")
+        dscores = (weights * (dweights - own_delta[None, :])).to(own_q.dtype)
+        sum_k = tl.dot(dscores, own_q, sum_k, input_precision="ieee")
+        dq = tl.dot(tl.trans(dscores), own_k, input_precision="ieee") * scale
         to = first_part + pair + query  # top_k + 1 parts of each query
-        tl.store(part_q + to[:, None] * D + d[None, :], dq.to(part_q.dtype.element_ty), mask=held)
+        tl.store(part_q + to[:, None] * D + d[None, :], dq.to(part_q.dtype.element_ty), mask=used[:, None] & inside)
+        pair, own_q, own_do, next_pair = next_pair, next_q, next_do, pair_after
     into = ((row * num_keys + token[:, None]) * heads + head) * D + d[None, :]
     tl.atomic_add(dk + into, sum_k * scale, mask=inside, sem="relaxed")
     tl.atomic_add(dv + into, sum_v, mask=inside, sem="relaxed")

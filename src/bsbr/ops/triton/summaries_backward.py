@@ -8,10 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from bsbr.ops.summaries import Summaries
-from bsbr.ops.triton.far import load_chosen, strike
 from bsbr.ops.triton.fields_backward import FarRows
 from bsbr.ops.triton.problem import Problem
-from bsbr.ops.triton.routing import load_blocks, score_factors, tile_scores
+from bsbr.ops.triton.scores import load_blocks, load_chosen, score_factors, strike, tile_scores
 from bsbr.ops.triton.summaries import FarField, padded
 
 _TOKENS = 4096
@@ -61,7 +60,7 @@ def summaries_backward(
         *q.stride()[:3], q.shape[2] // problem.group, num_blocks, problem.sparse_start, problem.q_start,
         problem.num_queries, *problem.score_scales,
         UNIT=config.unit, TOP_K=config.top_k, BM=rows, BN=blocks, TOKENS=_TOKENS,
-        MOMENTS=config.far == "moments", num_warps=8, num_stages=1, **shapes,
+        MOMENTS=config.far == "moments", num_warps=8 if width > 128 else 4, num_stages=1, **shapes,
     )  # fmt: skip
     dstates = torch.empty_like(field.states[:, :0])
     if config.state != "none":

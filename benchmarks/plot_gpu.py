@@ -1,0 +1,72 @@
+"""Draw time and speed-up of the attention on a GPU from the committed result files.
+
+python -m benchmarks.plot_gpu
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+RESULTS = Path(__file__).parent / "results"
+FILES = ("attention_gpu_long.json", "attention_gpu_million.json", "attention_gpu.json")
+NAMES = {"bsbr": "BSBR", "sdpa-cudnn": "cuDNN", "sdpa-flash": "FlashAttention-2"}
+
+
+def main() -> None:
+    """Draw both plots into one file."""
+    options = _parser().parse_args()
+    matplotlib.rcParams["svg.hashsalt"] = "bsbr"  # the same file from the same numbers
+    figure, axes = plt.subplots(2, 2, figsize=(10, 8), sharex=True)
+    for column, name in enumerate(("forward", "forward+backward")):
+        times = collect(options.results, name)
+        exponents = load(options.results, FILES[0 if name == "forward" else 2])["exponents"]
+        for contender, points in times.items():
+            lengths = sorted(points)
+            label = f"{NAMES[contender]}, exponent {exponents[f'{name}, {contender}']:.2f}"
+            axes[0, column].loglog(lengths, [points[n] for n in lengths], "o-", label=label)
+            if contender != "bsbr":
+                common = [n for n in lengths if n in times["bsbr"]]
+                ratios = [points[n] / times["bsbr"][n] for n in common]
+                axes[1, column].loglog(common, ratios, "o-", label=f"against {NAMES[contender]}")
+        axes[0, column].set(title=name, ylabel="milliseconds")
+        axes[1, column].axhline(1, color="grey", linewidth=1)
+        axes[1, column].set(xlabel="tokens", ylabel="times as fast")
+        for axis in axes[:, column]:
+            axis.grid(alpha=0.3)
+            axis.legend()
+    figure.tight_layout()
+    figure.savefig(options.output, metadata={"Date": None})
+
+
+def load(folder: Path, file: str) -> dict[str, Any]:
+    """One result file."""
+    found: dict[str, Any] = json.loads((folder / file).read_text())
+    return found
+
+
+def collect(folder: Path, name: str) -> dict[str, dict[int, float]]:
+    """Median milliseconds of one pass by contender and length; of a length in several files the last one's."""
+    times: dict[str, dict[int, float]] = {}
+    for file in FILES:
+        for row in load(folder, file)["rows"]:
+            if row["pass"] == name:
+                for contender, found in row["time_ms"].items():
+                    times.setdefault(contender, {})[row["length"]] = found["median"]
+    return times
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument("--output", type=Path, default=RESULTS / "attention_gpu.svg")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Local and far field of each query, and before it the scores and the choice of its past blocks."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bsbr.ops.triton.problem import Problem
+from bsbr.ops.triton.scores import Tiles, score_factors, tile_of, write_scores
+from bsbr.ops.triton.search import choose_blocks, strike_out
+from bsbr.ops.triton.summaries import FarField, padded
+
+_SCORE_BYTES = 1 << 30
+"""Scores of past blocks that are held at once."""
+
+
+def attend_past(
+    problem: Problem,
+    heads_here: range,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    field: FarField,
+    calibration: Tensor,
+    chosen: Tensor,
+    given: bool,
+    part_o: Tensor,
+    part_lse: Tensor,
+) -> None:
+    """Choose the `top_k` past blocks of largest estimated mass, and attend to the other past blocks and the own block.
+
+    Source: `bsbr.ops.routing.select_blocks` and `bsbr.ops.far`; equal scores go to the lower block index.
+
+    As many tiles of queries at a time as there is room for their scores:
+
+    1. the scores of all their past blocks (`write_scores`);
+    2. the choice, which strikes what it chooses out of the scores (`choose_blocks`);
+    3. the softmax over the scores that are left, one product that reads the states, and the keys of the own block.
+
+    Args:
+        problem: sizes.
+        heads_here: key heads, counted over rows and key heads.
+        tensors: q [B, Tq, HQ, D]; k and v [B, T, H, D].
+        field: summaries.
+        calibration: [HQ, 5] float32.
+        chosen: block indices of the sparse queries, [B, S, HQ, top_k] int32; written for the heads here.
+        given: they are there already.
+        part_o: partial outputs, [heads, S * G, parts, D]; part_lse: their log2-sum-exp2, [heads, S * G, parts].
+            This is part `top_k` of each query.
+    """
+    config, width, rows = problem.config, tensors[0].shape[3], problem.tile_rows
+    far, choose = config.far != "drop", config.top_k > 0 and not given
+    tiles = -(-problem.stop // rows) - problem.sparse_start // rows
+    each = len(heads_here) * problem.group  # query heads, whose tiles of the same tokens follow each other
+    room = triton.cdiv(problem.num_blocks, 64) * 64 if far or choose else 0
+    at_once = min(tiles * each, max(1, _SCORE_BYTES // (4 * rows * room))) if room else tiles * each
+    scores = torch.empty(at_once, rows, room, dtype=torch.float32, device=chosen.device)
+    peaks = torch.empty(at_once, rows, room // 8, dtype=torch.float32, device=chosen.device)
+    tops = torch.empty(at_once, rows, dtype=torch.float32, device=chosen.device)
+    for first in range(0, tiles * each, at_once):
+        here = Tiles(first, min(at_once, tiles * each - first), tiles, rows, room, heads_here)
+        if room:
+            write_scores(problem, here, tensors[0], field, calibration, scores, peaks)
+        if choose:
+            choose_blocks(problem, here, scores, peaks, tops, chosen)
+        elif far and config.top_k:
+            strike_out(problem, here, scores, chosen)
+        _attend_past[(here.count,)](
+            *tensors, field.mean_v, field.first_k, field.states, calibration, part_o, part_lse, scores, tops,
+            *(stride for x in tensors for stride in x.stride()[:3]),
+            tensors[1].shape[2], each, heads_here.start, first, tiles, field.centred_k.shape[1],
+            field.states.shape[1], room, problem.sparse_start, problem.q_start, problem.num_queries,
+            problem.score_scales[0], problem.scale,
+            G=problem.group, B=config.block_size, UNIT=config.unit, TOP_K=config.top_k, D=width, DP=padded(width),
+            BM=rows, BN=64 if problem.most_rows >= 64 and width <= 128 else 32, FAR=far,
+            FIND=not choose, STATE=config.state != "none", num_warps=4, num_stages=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _read_far(
+    scores, mean_v, top, stop, room, find: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """The softmax over the scores that are left; `top` is about the largest of them, and is found if `find` says so."""
+    row, column, d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, DP)
+    at = row[:, None] * room + column[None, :]
+    there = row[:, None] >= 0
+    if find:
+        most = tl.full([BM, BN], float("-inf"), tl.float32)
+        for start in range(0, stop, BN):
+            held = there & (start + column < stop)[None, :]
+            most = tl.maximum(most, tl.load(scores + at + start, mask=held, other=float("-inf")))
+        top = tl.max(most, 1)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, DP], tl.float32)
+    for start in range(0, stop, BN):
+        held = there & (start + column < stop)[None, :]
+        own = tl.load(scores + at + start, mask=held, other=float("-inf"))
+        n = tl.minimum(start + column, stop - 1)[:, None] * D + d[None, :]
+        values = tl.load(mean_v + n, mask=(d < D)[None, :], other=0.0)
+        weights = tl.exp2(own - top[:, None])
+        total += tl.sum(weights, 1)
+        acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
+    return top, total, acc
+
+
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "heads_all",
+        "first_head",
+        "first_work",
+        "num_tiles",
+        "num_blocks",
+        "num_states",
+        "sparse_start",
+        "q_start",
+        "num_queries",
+    ]
+)
+def _attend_past(
+    q, k, v, mean_v, first_k, states, calibration, part_o, part_lse, scores, tops,
+    qb, qt, qh, kb, kt, kh, vb, vt, vh,
+    heads, heads_all, first_head, first_work, num_tiles, num_blocks, num_states, room, sparse_start, q_start,
+    num_queries, score_scale, scale,
+    G: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, TOP_K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, FAR: tl.constexpr, FIND: tl.constexpr, STATE: tl.constexpr,
+):  # fmt: skip
+    first, own_z, member = tile_of(tl.program_id(0) + first_work, num_tiles, heads_all, sparse_start, G, BM)
+    z = (first_head + own_z).to(tl.int64)
+    row, head = z // heads, z % heads * G + member
+    token, d = first + tl.arange(0, BM), tl.arange(0, DP)
+    inside = (d < D)[None, :]
+    valid = (token >= sparse_start) & (token < q_start + num_queries)
+    sparse = (token - sparse_start).to(tl.int64)
+    num_sparse = q_start + num_queries - sparse_start
+    own = q + row * qb + head * qh + (token - q_start).to(tl.int64)[:, None] * qt + d[None, :]
+    tile_q = tl.load(own, mask=valid[:, None] & inside, other=0.0)
+    block = first // B
+    stop = block * (B // UNIT)
+    top = tl.full([BM], -1e38, tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, DP], tl.float32)
+    if FAR:
+        at = tl.program_id(0).to(tl.int64) * BM
+        if not FIND:
+            top = tl.load(tops + at + tl.arange(0, BM))
+        top, total, acc = _read_far(
+            scores + at * room, mean_v + z * num_blocks * D, top, stop, room, FIND, D, DP, BM, BN
+        )  # fmt: skip
+        scalars = calibration + head * 5
+        mean_factor, _ = score_factors(calibration, head, score_scale, score_scale)
+        common = tl.load(first_k + z * D + d, mask=d < D, other=0.0)
+        top += mean_factor * tl.sum(tile_q.to(tl.float32) * common[None, :], 1)  # what all blocks share
+        top += tl.load(scalars) * 1.4426950408889634 + tl.log2(UNIT * 1.0)
+        acc *= tl.load(scalars + 3)
+        if STATE:
+            at = (z * num_states + block) * D * D
+            state = tl.load(states + at + d[:, None] * D + d[None, :], mask=(d < D)[:, None] & inside, other=0.0)
+            factor = scale * tl.load(scalars + 4)
+            # the queries are multiplied as they are: no registers for a copy of them
+            factor = total * tl.where(tl.abs(factor) < 1e-20, 1e-20, factor)
+            acc = tl.dot(tile_q.to(state.dtype), state, acc / factor[:, None], input_precision="ieee")
+            acc *= factor[:, None]
+
+    for start in range(block * B, first + BM, BM):
+        key = start + tl.arange(0, BM)
+        held = (key < q_start + num_queries)[:, None] & inside
+        far_key = key.to(tl.int64)[:, None]
+        own_k = tl.load(k + row * kb + z % heads * kh + far_key * kt + d[None, :], mask=held, other=0.0)
+        own_v = tl.load(v + row * vb + z % heads * vh + far_key * vt + d[None, :], mask=held, other=0.0)
+        tile_s = tl.dot(tile_q, tl.trans(own_k), input_precision="ieee") * score_scale
+        tile_s = tl.where(key[None, :] <= token[:, None], tile_s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(tile_s, 1))
+        weights = tl.exp2(tile_s - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(own_v.dtype), own_v, acc * shrink[:, None], input_precision="ieee")
+        top = new_top
+    part = (own_z.to(tl.int64) * num_sparse * G + sparse * G + member) * (TOP_K + 1) + TOP_K
+    tl.store(part_lse + part, top + tl.log2(total), mask=valid)
+    acc = (acc / total[:, None]).to(part_o.dtype.element_ty)
+    tl.store(part_o + part[:, None] * D + d[None, :], acc, mask=valid[:, None] & inside)

@@ -1,0 +1,182 @@
+"""Estimated masses of a tile of queries and a tile of blocks, as every kernel of the past computes them.
+
+Scores leave out what all blocks of a query share (log n, the bias, and the product with the mean key of block 0), which
+no choice depends on. So a large common part of all keys costs the 16-bit products no digits.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bsbr.ops.triton.problem import Problem
+from bsbr.ops.triton.summaries import FarField, padded
+
+GROUP_BLOCKS = 8
+"""Blocks of a group, GROUP in the kernels."""
+
+
+class Tiles(NamedTuple):
+    """Tiles of queries whose scores are held together, and where."""
+
+    first: int
+    """The number of the first: tiles of the last tokens come first, those of the same tokens by query head."""
+    count: int
+    """How many they are."""
+    per_head: int
+    """Tiles of a query head."""
+    rows: int
+    """Queries of a tile."""
+    room: int
+    """Blocks there is room for."""
+    heads: range
+    """Key heads, counted over rows and key heads."""
+
+
+def write_scores(
+    problem: Problem, tiles: Tiles, q: Tensor, field: FarField, calibration: Tensor, scores: Tensor, peaks: Tensor
+) -> None:
+    """Write the scores of all past blocks of some tiles of queries, and the largest of every GROUP_BLOCKS.
+
+    Args:
+        problem: sizes.
+        tiles: which tiles.
+        q: [B, Tq, HQ, D].
+        field: summaries.
+        calibration: [HQ, 5] float32.
+        scores: where to put them, [tiles, rows, room] float32; what comes after a query's past means nothing.
+        peaks: where to put the largest, [tiles, rows, room / GROUP_BLOCKS] float32.
+    """
+    config, width = problem.config, q.shape[3]
+    _write_scores[(tiles.count,)](
+        q, field.centred_k, field.var_k, calibration, scores, peaks, *q.stride()[:3], q.shape[2] // problem.group,
+        len(tiles.heads) * problem.group, tiles.heads.start, tiles.first, tiles.per_head, field.centred_k.shape[1],
+        tiles.room, problem.sparse_start, problem.q_start, problem.num_queries, *problem.score_scales,
+        G=problem.group, B=config.block_size, UNIT=config.unit, GROUP=GROUP_BLOCKS, D=width, DP=padded(width),
+        BM=tiles.rows, BN=64 if problem.most_rows >= 64 and width <= 128 else 32, MOMENTS=config.far == "moments",
+        num_warps=4, num_stages=1, maxnreg=168,  # so that three programs share a multiprocessor
+    )  # fmt: skip
+
+
+@triton.jit
+def tile_of(work, num_tiles, heads_all, sparse_start, G: tl.constexpr, BM: tl.constexpr):
+    """The first token of a tile of queries, its key head, counted from the first here, and its place in that."""
+    tile = num_tiles - 1 - work // heads_all  # the longest first
+    return (sparse_start // BM + tile) * BM, work % heads_all // G, work % G
+
+
+@triton.jit
+def load_blocks(x, from_block, stop, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr):
+    """A tile of summaries, [DP, BN]."""
+    n, d = from_block + tl.arange(0, BN), tl.arange(0, DP)
+    return tl.load(x + n[None, :] * D + d[:, None], mask=(d < D)[:, None] & (n < stop)[None, :], other=0.0)
+
+
+@triton.jit
+def score_factors(calibration, head, mean_scale, var_scale):
+    """Factor of all scores of a head, and of the squared queries in front of it, so that both products share a sum."""
+    mean_factor = mean_scale * tl.load(calibration + head * 5 + 1)
+    mean_factor = tl.where(tl.abs(mean_factor) < 1e-20, 1e-20, mean_factor)
+    return mean_factor, var_scale * tl.load(calibration + head * 5 + 2) / mean_factor
+
+
+@triton.jit
+def tile_scores(q, square, centred_k, var_k, mean_factor, MOMENTS: tl.constexpr):
+    """Scores of a tile of queries for a tile of summaries; `square` holds the factor of the variance."""
+    scores = tl.dot(q, centred_k, input_precision="ieee")
+    if MOMENTS:
+        scores = tl.dot(square, var_k, scores, input_precision="ieee")
+    return scores * mean_factor
+
+
+@triton.jit
+def load_chosen(chosen, valid, TOP_K: tl.constexpr):
+    """The chosen blocks of a tile of queries, as a tuple."""
+    blocks = ()
+    for j in tl.static_range(TOP_K):
+        blocks += (tl.load(chosen + j, mask=valid, other=-1),)
+    return blocks
+
+
+@triton.jit
+def strike(scores, from_block, stop, blocks, TOP_K: tl.constexpr, BN: tl.constexpr):
+    """Scores with -inf from `stop` on and where a query reads the block exactly; one bit a block, BN is 32 or 64."""
+    column = tl.arange(0, BN)
+    left = stop - from_block
+    if TOP_K == 0:
+        scores = tl.where((column < left)[None, :], scores, float("-inf"))
+    else:
+        low = tl.zeros_like(blocks[0]) + tl.where(left < 32, -1 << (tl.maximum(left, 0) & 31), 0)
+        high = tl.zeros_like(low) + tl.where(left < 64, -1 << (tl.maximum(left - 32, 0) & 31), 0)
+        for j in tl.static_range(TOP_K):
+            offset = blocks[j] - from_block
+            bit = 1 << (offset & 31)
+            low |= tl.where(offset >> 5 == 0, bit, 0)
+            if BN > 32:
+                high |= tl.where(offset >> 5 == 1, bit, 0)
+        read = low[:, None]
+        if BN > 32:
+            read = tl.where((column < 32)[None, :], read, high[:, None])
+        scores = tl.where((read & (1 << (column & 31))[None, :]) == 0, scores, float("-inf"))
+    return scores
+
+
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "heads_all",
+        "first_head",
+        "first_work",
+        "num_tiles",
+        "num_blocks",
+        "sparse_start",
+        "q_start",
+        "num_queries",
+    ]
+)
+def _write_scores(
+    q, centred_k, var_k, calibration, scores, peaks, qb, qt, qh,
+    heads, heads_all, first_head, first_work, num_tiles, num_blocks, room, sparse_start, q_start, num_queries,
+    mean_scale, var_scale,
+    G: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, MOMENTS: tl.constexpr,
+):  # fmt: skip
+    first, own_z, member = tile_of(tl.program_id(0) + first_work, num_tiles, heads_all, sparse_start, G, BM)
+    z = (first_head + own_z).to(tl.int64)
+    row, head = z // heads, z % heads * G + member
+    token, d = first + tl.arange(0, BM), tl.arange(0, DP)
+    valid = (token >= sparse_start) & (token < q_start + num_queries)
+    own = q + row * qb + head * qh + (token - q_start).to(tl.int64)[:, None] * qt + d[None, :]
+    tile_q = tl.load(own, mask=valid[:, None] & (d < D)[None, :], other=0.0)
+    wide = tile_q.to(tl.float32)
+    mean_factor, var_factor = score_factors(calibration, head, mean_scale, var_scale)
+    square = (wide * wide * var_factor).to(var_k.dtype.element_ty)
+    stop = first // B * (B // UNIT)
+    centred_k += z * num_blocks * D
+    var_k += z * num_blocks * D
+    scores += tl.program_id(0).to(tl.int64) * BM * room
+    peaks += tl.program_id(0).to(tl.int64) * BM * (room // GROUP)
+    row = tl.arange(0, BM)
+    # In the result of a product a thread holds columns 2 i, 2 i + 1 of every 8. Blocks are laid to columns such that
+    # those are blocks in a row: then a thread finds the largest of a group alone, and writes them together.
+    column = tl.arange(0, BN)
+    turned = row % (BM // 8) // 2 * 16 + row // (BM // 8) * 2 + row % 2
+    order = column // 2 % 4 * (BN // 4) + column // 8 * 2 + column % 2
+    # the next tile is on its way while this one is worked on
+    next_n = tl.minimum(order, stop - 1)[None, :] * D + d[:, None]
+    next_k = tl.load(centred_k + next_n, mask=(d < D)[:, None], other=0.0)
+    next_var = tl.load(var_k + next_n, mask=(d < D)[:, None], other=0.0) if MOMENTS else next_k
+    for start in range(0, stop, BN):
+        own_centred, own_var = next_k, next_var
+        next_n = tl.minimum(start + BN + order, stop - 1)[None, :] * D + d[:, None]
+        next_k = tl.load(centred_k + next_n, mask=(d < D)[:, None], other=0.0)
+        next_var = tl.load(var_k + next_n, mask=(d < D)[:, None], other=0.0) if MOMENTS else next_k
+        tile = tile_scores(tile_q, square, own_centred, own_var, mean_factor, MOMENTS)
+        tile = tl.permute(tl.reshape(tile, [BM, BN // 8, 4, 2]), (0, 2, 1, 3))
+        groups = tl.reshape(tile, [BM, BN // GROUP, GROUP])
+        # rows as the threads that write them are laid out, so that a row stays in its warp
+        tile = tl.reshape(tl.permute(tl.reshape(tile, [BM // 16, 8, 2, BN]), (1, 0, 2, 3)), [BM, BN])
+        tl.store(scores + turned[:, None] * room + start + tl.arange(0, BN)[None, :], tile)
+        at = row[:, None] * (room // GROUP) + start // GROUP
+        tl.store(peaks + at + tl.arange(0, BN // GROUP)[None, :], tl.max(groups, 2))

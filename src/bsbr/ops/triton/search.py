@@ -1,0 +1,234 @@
+"""The search for the best blocks of each query, in scores that its program has written out.
+
+Of every 8 blocks in a row the largest score is kept as the peak of the group. The `top_k` best blocks lie in the
+`top_k` groups of largest peak (each of these groups has a block at least as good as any other group's best, and of
+equal ones the lower), so a query looks at N / 8 peaks and 8 * top_k scores instead of N.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bsbr.ops.triton.problem import Problem
+from bsbr.ops.triton.scores import GROUP_BLOCKS, Tiles, tile_of
+
+_NONE = tl.constexpr(-(2**31))
+"""The key of no score."""
+
+_NOWHERE = tl.constexpr(1 << 24)
+"""A group after all groups."""
+
+
+_ROWS = 8
+"""Queries that one warp searches for: no other waits for it."""
+
+
+def choose_blocks(problem: Problem, tiles: Tiles, scores: Tensor, peaks: Tensor, tops: Tensor, chosen: Tensor) -> None:
+    """Choose the `top_k` past blocks of largest score for some tiles of queries, and strike them out of the scores.
+
+    Args:
+        problem: sizes.
+        tiles: which tiles.
+        scores, peaks: as `write_scores` wrote them; scores of chosen blocks become -inf.
+        tops: where to put about the largest score that is left, [tiles, rows] float32.
+        chosen: where to put the blocks, best first, [B, S, HQ, top_k] int32.
+    """
+    most, groups = triton.next_power_of_2(problem.config.top_k), triton.next_power_of_2(tiles.room // GROUP_BLOCKS)
+    programs, rows = tiles.count * (tiles.rows // _ROWS), min(_ROWS, tiles.rows)
+    space = torch.empty(programs, rows, most * GROUP_BLOCKS, dtype=torch.int32, device=scores.device)
+    _choose[(programs,)](
+        scores, peaks, space, tops, chosen, *_sizes(problem, tiles, chosen), tiles.room, G=problem.group,
+        B=problem.config.block_size, UNIT=problem.config.unit, TOP_K=problem.config.top_k, KP=most, GROUP=GROUP_BLOCKS,
+        GROUPS=min(64, max(16, groups)), BM=tiles.rows, ROWS=rows, num_warps=1, num_stages=1,
+    )  # fmt: skip
+
+
+def strike_out(problem: Problem, tiles: Tiles, scores: Tensor, chosen: Tensor) -> None:
+    """Strike given blocks out of the scores.
+
+    Args:
+        problem, tiles, scores: as given to `choose_blocks`.
+        chosen: the blocks, [B, S, HQ, top_k] int32; negative ones are none.
+    """
+    _strike[(tiles.count,)](
+        scores, chosen, *_sizes(problem, tiles, chosen), tiles.room, G=problem.group, TOP_K=problem.config.top_k,
+        KP=triton.next_power_of_2(problem.config.top_k), BM=tiles.rows,
+    )  # fmt: skip
+
+
+def _sizes(problem: Problem, tiles: Tiles, chosen: Tensor) -> tuple[int, ...]:
+    heads = chosen.shape[2] // problem.group
+    here = len(tiles.heads) * problem.group, tiles.heads.start, tiles.first, tiles.per_head
+    return heads, *here, problem.sparse_start, problem.num_sparse
+
+
+@triton.jit
+def sortable(scores, held, COLUMNS: tl.constexpr):
+    """Integers in the order of the scores; their last bits tell the column, so that no two of a row are equal.
+
+    What is lost are those bits of a score, 2**-17 of it for 64 columns; equal scores come with the lower column first.
+    """
+    bits = scores.to(tl.int32, bitcast=True)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    bits = (bits & -COLUMNS) | (COLUMNS - 1 - tl.arange(0, COLUMNS))[None, :]
+    return tl.where(held, bits, _NONE)
+
+
+@triton.jit
+def score_of(key):
+    """About the score that a key stands for; -inf for none."""
+    score = (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return tl.where(key == _NONE, float("-inf"), score)
+
+
+@triton.jit
+def _extract(keys, COLUMNS: tl.constexpr, COUNT: tl.constexpr):
+    """The COUNT best keys of each row, best first, and their columns."""
+    best, place = (), ()
+    for _ in tl.static_range(COUNT):
+        value = tl.max(keys, 1)
+        keys = tl.where(keys == value[:, None], _NONE, keys)
+        best += (value,)
+        place += (COLUMNS - 1 - (value & (COLUMNS - 1)),)
+    return best, place
+
+
+@triton.jit
+def best_groups(peaks, num_groups, room, BM: tl.constexpr, COUNT: tl.constexpr, COLUMNS: tl.constexpr):
+    """The COUNT groups of largest peak of each query, best first; `peaks` [BM, room]. Returns their keys and numbers.
+
+    Tiles of groups from left to right: the best of the first; then, while some query still has a peak above its worst
+    kept one, each inserts its best peak of the tile, if above, into its sorted list.
+    """
+    row, column = tl.arange(0, BM)[:, None], tl.arange(0, COLUMNS)[None, :]
+    held = (column < num_groups) & (row >= 0)
+    keys = sortable(tl.load(peaks + row * room + column, mask=held, other=0.0), held, COLUMNS)
+    best, index = _extract(keys, COLUMNS, COUNT)
+    for start in range(COLUMNS, num_groups, COLUMNS):
+        held = (start + column < num_groups) & (row >= 0)
+        keys = sortable(tl.load(peaks + row * room + start + column, mask=held, other=0.0), held, COLUMNS)
+        value = tl.max(keys, 1)
+        # across tiles only scores count: of equal ones the earlier stays ahead
+        while tl.max((value > (best[COUNT - 1] | (COLUMNS - 1))).to(tl.int32), 0) > 0:
+            keys = tl.where(keys == value[:, None], _NONE, keys)
+            place = start + COLUMNS - 1 - (value & (COLUMNS - 1))
+            kept, kept_index = (), ()
+            above = value > (best[0] | (COLUMNS - 1))
+            kept += (tl.where(above, value, best[0]),)
+            kept_index += (tl.where(above, place, index[0]),)
+            for j in tl.static_range(1, COUNT):
+                here = value > (best[j] | (COLUMNS - 1))
+                kept += (tl.where(above, best[j - 1], tl.where(here, value, best[j])),)
+                kept_index += (tl.where(above, index[j - 1], tl.where(here, place, index[j])),)
+                above = here
+            best, index = kept, kept_index
+            value = tl.max(keys, 1)
+    return best, index
+
+
+@triton.jit
+def _ascending(values, COUNT: tl.constexpr):
+    """The same COUNT tensors, so that of each element the smallest comes first."""
+    for turn in tl.static_range(COUNT):
+        ordered = ()
+        for j in tl.static_range(COUNT):
+            if (j - turn) % 2 == 0 and j + 1 < COUNT:
+                ordered += (tl.minimum(values[j], values[j + 1]),)
+            elif (j - turn) % 2 == 1 and j > 0:
+                ordered += (tl.maximum(values[j - 1], values[j]),)
+            else:
+                ordered += (values[j],)
+        values = ordered
+    return values
+
+
+@triton.jit
+def best_blocks(
+    scores, peaks, space, stop, room, BM: tl.constexpr, TOP_K: tl.constexpr, KP: tl.constexpr,
+    GROUP: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The TOP_K best blocks of each query before `stop`, [BM, KP], best first, and about the best score of the others.
+
+    `scores` [BM, room], `peaks` [BM, room / 8] and `space` [BM, 8 KP] belong to this program. Columns from TOP_K
+    on mean nothing.
+    """
+    row, column = tl.arange(0, BM)[:, None], tl.arange(0, KP * GROUP)[None, :]
+    peak, group = best_groups(peaks, tl.cdiv(stop, GROUP), room // GROUP, BM, TOP_K + 1, COLUMNS)
+    found = ()
+    for j in tl.static_range(TOP_K):
+        found += (tl.where(peak[j] == _NONE, _NOWHERE, group[j]),)
+    found = _ascending(found, TOP_K)  # of equal scores the one in the lower block comes first
+    block = tl.full([BM, KP * GROUP], _NOWHERE, tl.int32)
+    for j in tl.static_range(TOP_K):
+        block = tl.where(column // GROUP == j, found[j][:, None], block)
+    block = block * GROUP + column % GROUP
+    tl.store(space + row * (KP * GROUP) + column, block)
+    held = block < stop
+    keys = sortable(tl.load(scores + row * room + block, mask=held, other=0.0), held, KP * GROUP)
+    best, place = _extract(keys, KP * GROUP, TOP_K + 1)
+    rank = tl.arange(0, KP)[None, :]
+    places = tl.zeros([BM, KP], tl.int32)
+    for j in tl.static_range(TOP_K):
+        places = tl.where(rank == j, place[j][:, None], places)
+    tl.debug_barrier()
+    blocks = tl.load(space + row * (KP * GROUP) + places)
+    return blocks, tl.maximum(score_of(best[TOP_K]), score_of(peak[TOP_K]))
+
+
+@triton.jit
+def _whose(
+    place, work, first_head, heads, heads_all, num_tiles, sparse_start, num_sparse, G: tl.constexpr,
+    TOP_K: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """First token of a tile, where the chosen blocks of its queries at `place` are, and which of these are real."""
+    first, own_z, member = tile_of(work, num_tiles, heads_all, sparse_start, G, BM)
+    z = (first_head + own_z).to(tl.int64)
+    sparse = first + place - sparse_start
+    query = (z // heads * num_sparse + sparse) * (heads * G) + z % heads * G + member
+    return first, query * TOP_K, (sparse >= 0) & (sparse < num_sparse)
+
+
+@triton.jit(
+    do_not_specialize=["heads", "heads_all", "first_head", "first_work", "num_tiles", "sparse_start", "num_sparse"]
+)
+def _choose(
+    scores, peaks, space, tops, chosen, heads, heads_all, first_head, first_work, num_tiles, sparse_start, num_sparse,
+    room, G: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, TOP_K: tl.constexpr, KP: tl.constexpr,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, BM: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    own = tl.program_id(0) // (BM // ROWS)
+    place = tl.program_id(0) % (BM // ROWS) * ROWS + tl.arange(0, ROWS)
+    first, to, real = _whose(
+        place, own + first_work, first_head, heads, heads_all, num_tiles, sparse_start, num_sparse, G, TOP_K, BM
+    )  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * ROWS
+    scores += at * room
+    blocks, top = best_blocks(
+        scores, peaks + at * (room // GROUP), space + at * (KP * GROUP), first // B * (B // UNIT), room, ROWS, TOP_K,
+        KP, GROUP, GROUPS,
+    )  # fmt: skip
+    rank = tl.arange(0, KP)[None, :]
+    kept = real[:, None] & (rank < TOP_K)
+    tl.store(chosen + to[:, None] + rank, blocks, mask=kept)
+    tl.store(tops + at + tl.arange(0, ROWS), top)
+    nothing = tl.full([ROWS, KP], float("-inf"), tl.float32)
+    tl.store(scores + tl.arange(0, ROWS)[:, None] * room + blocks, nothing, mask=kept)
+
+
+@triton.jit(
+    do_not_specialize=["heads", "heads_all", "first_head", "first_work", "num_tiles", "sparse_start", "num_sparse"]
+)
+def _strike(
+    scores, chosen, heads, heads_all, first_head, first_work, num_tiles, sparse_start, num_sparse, room,
+    G: tl.constexpr, TOP_K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    place = tl.arange(0, BM)
+    _, at, real = _whose(
+        place, tl.program_id(0) + first_work, first_head, heads, heads_all, num_tiles, sparse_start, num_sparse, G,
+        TOP_K, BM,
+    )  # fmt: skip
+    rank = tl.arange(0, KP)[None, :]
+    block = tl.load(chosen + at[:, None] + rank, mask=real[:, None] & (rank < TOP_K), other=-1)
+    to = scores + (tl.program_id(0).to(tl.int64) * BM + place)[:, None] * room + block
+    tl.store(to, tl.full([BM, KP], float("-inf"), tl.float32), mask=block >= 0)
