@@ -43,9 +43,17 @@ def test_tokens_taken_as_independent_would_be_far_too_sure() -> None:
     assert (estimate.high - estimate.low) / 2 > 3 * independent
 
 
+def test_the_interval_of_three_documents_worked_by_hand() -> None:
+    """Means 1, 2, 6 of two tokens each: m 3, squared deviations 16 + 4 + 36, SE^2 = 3/2 * 56 / 36; t of 2 degrees."""
+    estimate = ratio_mean([2.0, 4.0, 12.0], [2, 2, 2])
+    half = 0.95 * np.sqrt(2 / (4 * 0.975 * 0.025)) * np.sqrt(3 / 2 * 56 / 36)  # Student's t in closed form
+    assert estimate.value == 3.0
+    assert (estimate.low, estimate.high) == pytest.approx((3 - half, 3 + half), rel=1e-12)
+
+
 def test_ratio_mean_weighs_by_tokens_and_leaves_empty_documents_out() -> None:
-    estimate = ratio_mean([10.0, 0.0, 2.0], [5, 0, 1])
-    assert estimate.value == 2.0
+    estimate = ratio_mean([10.0, 0.0, 8.0], [5, 0, 1])
+    assert estimate.value == 3.0  # the mean of the documents' means is 5
     assert (estimate.n, estimate.clusters) == (6, 2)
 
 

@@ -3,7 +3,6 @@
 python -m tests.long.causality
 """
 
-import argparse
 import copy
 import time
 from dataclasses import replace
@@ -19,7 +18,7 @@ from bsbr.ops import bsbr_attention
 from bsbr.ops.native.forward import why_not_native
 from tests.hf.coverage import NAMES
 from tests.hf.families import VOCABULARY, build
-from tests.long.journal import machines, run_all
+from tests.long.journal import arguments, machines, matching, run_all
 from tests.ops.choices import choices
 from tests.ops.test_properties import KINDS
 
@@ -126,10 +125,16 @@ def model_pairs(key: str) -> dict[str, Any]:
     }
 
 
+def _parts(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """What keys are made of: how many first parts there are, and which second, third and fourth ones."""
+    columns = zip(*(key.split(" / ") for key, row in rows.items() if row["pairs"]), strict=True)
+    first, *others = (list(dict.fromkeys(column)) for column in columns)
+    return [str(len(first)), *(", ".join(other) for other in others)]
+
+
 def main() -> int:
     """Change every token of every text and write the results."""
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    command, failed = "python -m tests.long.causality", 0
+    (args, command), failed = arguments(__doc__, "tests.long.causality"), 0
     keys = [f"{kind} / {name} / {how}" for kind in KINDS_HERE for name in CONTENDERS for how in CHANGES]
     model_keys = [
         f"{family} / {name} / {mode} / {dtype}"
@@ -144,20 +149,20 @@ def main() -> int:
         (
             "causality_operation", keys, operation,
             "later tokens change neither an output of the operation nor a choice of blocks",
-            f"{len(KINDS_HERE)} settings, {', '.join(CONTENDERS)}, {TOKENS} tokens, 4 query and 2 key heads; a token "
-            "changed mildly or to 1e4, or all from it on replaced",
+            f"{{0}} settings, {{1}}, {TOKENS} tokens, 4 query and 2 key heads; a token changed mildly or to 1e4, or "
+            f"all "
+            "from it on replaced",
         ),
         (
             "causality_models", model_keys, model_pairs, "later tokens change no logit of a converted model",
-            f"{len(NAMES)} families, {MODEL_TOKENS} tokens, tiny random models; without a cache and with one in the "
-            f"modes {', '.join(name for name in CACHES if name != 'none')}, read in parts of "
-            f"{', '.join(map(str, PARTS))}; "
-            "float32 and bfloat16",
+            f"{{0}} families, {MODEL_TOKENS} tokens, tiny random models; settings {{1}}; caches {{2}}, read in parts "
+            f"of "
+            f"{', '.join(map(str, PARTS))}; {{3}}",
         ),
     )  # fmt: skip
     for name, own_keys, work, claim, conditions in runs:
         start = time.perf_counter()
-        rows = run_all(name, own_keys, work)
+        rows = run_all(name, matching(own_keys, args.only), work)
         total = {
             what: sum(row.get(what, 0) for row in rows.values()) for what in ("pairs", "changed", "choices", "dead")
         }
@@ -173,7 +178,7 @@ def main() -> int:
             f"changes its own "
             "output, which is checked too",
             command=command,
-            conditions=f"{machines(rows)}; {conditions}",
+            conditions=f"{machines(rows)}; {conditions.format(*_parts(rows))}",
             not_covered=[
                 "What is no number: a NaN or infinity at a token may reach earlier queries of its own local block, "
                 "as in "

@@ -3,7 +3,6 @@
 python -m tests.long.isolation
 """
 
-import argparse
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from bsbr.hf import BSBRCache
 from bsbr.ops import bsbr_attention
 from tests.hf.coverage import NAMES
 from tests.hf.families import VOCABULARY, build
-from tests.long.journal import machines, run_all
+from tests.long.journal import arguments, machines, matching, run_all
 from tests.long.poison import DTYPES, backends_of
 from tests.ops.cases import random_case
 
@@ -172,11 +171,11 @@ RUNS: dict[str, tuple[Callable[[Any], dict[str, Any]], Sequence[Any], str, str]]
 
 def main() -> int:
     """Run all and write the results."""
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    args, command = arguments(__doc__, "tests.long.isolation")
     failed = 0
     for name, (work, own_keys, claim, conditions) in RUNS.items():
         start = time.perf_counter()
-        rows = run_all(name, own_keys, work)
+        rows = run_all(name, matching(own_keys, args.only), work)
         wrong = {key: row["wrong"] for key, row in rows.items() if row["wrong"]}
         failed += len(wrong)
         record(
@@ -186,7 +185,7 @@ def main() -> int:
             cases=sum(row["cases"] for row in rows.values()),
             failures=sum(wrong.values()),
             measured=f"{len(rows):,} batches",
-            command="python -m tests.long.isolation",
+            command=command,
             conditions=f"{machines(rows)}; {conditions}",
             not_covered=[
                 "A row alone and the same row in a batch are equal within rounding, not to the bit: PyTorch's "

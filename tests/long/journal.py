@@ -1,7 +1,9 @@
 """Rows of a long run, kept as they come, so that a run that was stopped goes on where it was."""
 
+import argparse
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -16,6 +18,31 @@ from rich.progress import track
 from bsbr.evaluation.provenance import cpu_name
 
 FOLDER = Path("results") / "long"
+
+
+def arguments(description: str | None, module: str) -> tuple[argparse.Namespace, str]:
+    """Read what every long run takes: `--only PATTERN`, to run a part of it.
+
+    Args:
+        description: of the program; its first line is shown.
+        module: name of the module.
+    Returns:
+        The arguments, and the command as a result should state it.
+    """
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--only", default="", help="run the keys that this pattern is found in")
+    args = parser.parse_args()
+    return args, f"python -m {module}" + (f" --only '{args.only}'" if args.only else "")
+
+
+def matching(keys: Iterable[Any], pattern: str) -> list[Any]:
+    """Keys whose name the pattern is found in.
+
+    Example:
+        >>> matching(["gpt2 / full", "llama / none"], "^llama")
+        ['llama / none']
+    """
+    return [key for key in keys if re.search(pattern, str(key))]
 
 
 def run_all(

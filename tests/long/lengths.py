@@ -3,7 +3,6 @@
 python -m tests.long.lengths
 """
 
-import argparse
 import time
 from typing import Any
 
@@ -13,7 +12,7 @@ from benchmarks.reliability import record
 from bsbr.config import BSBRConfig
 from bsbr.ops import bsbr_attention
 from bsbr.ops.native.forward import why_not_native
-from tests.long.journal import machines, run_all
+from tests.long.journal import arguments, machines, matching, run_all
 from tests.ops.needles import draw_text, row_ratio, rows_to_check
 
 LENGTHS = (46_340, 46_341, 65_536, 65_537, 131_073)
@@ -47,10 +46,10 @@ def one(key: str) -> dict[str, Any]:
 
 def main() -> int:
     """Run all lengths and write the result."""
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    args, command = arguments(__doc__, "tests.long.lengths")
     start = time.perf_counter()
     keys = [f"{length} / {name} / {contender}" for length in LENGTHS for name in CONFIGS for contender in CONTENDERS]
-    rows = run_all("lengths", keys, one)
+    rows = run_all("lengths", matching(keys, args.only), one)
     worst = max(rows.values(), key=lambda row: row["ratio"])
     beyond = {key: row for key, row in rows.items() if row["ratio"] > 1}
     record(
@@ -61,7 +60,7 @@ def main() -> int:
         cases=sum(row["rows"] for row in rows.values()),
         failures=len(beyond),
         measured=f"worst ratio to the bound {worst['ratio']:.3f}",
-        command="python -m tests.long.lengths",
+        command=command,
         conditions=f"{machines(rows)}; {', '.join(f'{length:,}' for length in LENGTHS)} tokens, 2 query heads and "
         f"1 key head, 16 "
         f"wide; {', '.join(CONTENDERS)}; sampled rows, each with a key along its query and values of 30 in a block "

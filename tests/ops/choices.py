@@ -12,8 +12,8 @@ from bsbr.ops.native.forward import native_forward
 from bsbr.ops.schedule import Plan, dense_until
 from bsbr.ops.tiles import NO_DROPOUT
 
-ROUNDING = {"reference": 2.0**-52, "chunked": 2.0**-23, "native": 2.0**-23, "triton": 2.0**-17}
-"""Relative rounding of a backend's block scores in float32; kernels give the last 6 bits to the block's number."""
+ROUNDING = {"reference": 2.0**-52, "chunked": 2.0**-23, "native": 2.0**-23, "triton": 2.0**-14}
+"""Relative rounding of a backend's block scores in float32; kernels give up to 9 bits to the block's number."""
 
 
 def choices(
