@@ -133,6 +133,9 @@ def main() -> int:
             "checkpoints with a manifest count now.",
             "A run of `bsbr finetune` or `bsbr pretrain` killed while it saved its model could neither be resumed nor "
             "started anew in its folder.",
+            "A fine-tuning stage that had ended was trained one step more when the run went on after "
+            "a kill in a later stage, "
+            "as transformers' Trainer does where the last step is not the end of an epoch.",
             "Temporary files of killed runs stayed for ever: the next run in the folder removes them.",
         ],
         not_covered=[

@@ -137,104 +137,128 @@ def installs(place: Path) -> list[str]:
     return digests
 
 
+def check_deterministic(place: Path, given: Path) -> int:
+    """Write the result of running twice."""
+    started = time.monotonic()
+    differ = deterministic(place, given)
+    print("deterministic:", differ or "equal", flush=True)
+    record(
+        "deterministic",
+        section="Reproducibility",
+        claim="With --deterministic, evaluate, finetune and pretrain give the same bits from run to run.",
+        cases=3,
+        failures=len(differ),
+        measured="; ".join(differ) or "weights and figures of two runs each, in processes of their own: equal",
+        not_covered=[
+            "GPUs: there --deterministic takes the chunked backend for gradients, since the "
+            "kernels add them in no fixed "
+            "order; it was not run on one.",
+            "Other machines, numbers of threads or versions: PyTorch promises no equal bits between those.",
+        ],
+        command="python -m tests.long.replays",
+        conditions=f"CPU ({cpu_name()}), two threads; tiny models",
+        seconds=time.monotonic() - started,
+    )  # fmt: skip
+    return len(differ)
+
+
+def check_replays(place: Path, given: Path, files: list[Path]) -> int:
+    """Write the result of replays: of an evaluation and a sweep made now, and of committed files."""
+    started = time.monotonic()
+    os.chdir(given)
+    words = ("evaluate", "model", "--text", "text.txt", "--calibrate", "text.txt", *ATTENTION, *SMALL[:8])
+    bsbr([*words, "--output", str(place / "results")])
+    sweep = ("evaluate", "model", "--sweep", "--text", "text.txt", "--calibrate", "text.txt", "--block-size", "8")
+    few = (
+        "--budgets",
+        "8,16",
+        "--lengths",
+        "64",
+        "--repeats",
+        "2",
+        "--calibration-tokens",
+        "96",
+        "--documents",
+        "2",
+    )
+    bsbr([*sweep, *few, "--output", str(place / "sweep")])
+    found = replay(
+        [
+            place / "results" / "agreement_rates.json",
+            place / "sweep" / "sweep.json",
+            *(file if file.is_absolute() else ROOT / file for file in files),
+        ]
+    )
+    os.chdir(ROOT)
+    bad = {name: said for name, (code, said) in found.items() if code}
+    committed = ", ".join(str(file) for file in files)
+    record(
+        "replays",
+        section="Reproducibility",
+        claim="`bsbr evaluate --replay FILE` runs a result file's own command again and finds "
+        "every digit the same, times "
+        "and memory excepted.",
+        cases=len(found),
+        failures=len(bad),
+        measured="; ".join(said.split(";")[0] for _, said in found.values()),
+        not_covered=[
+            "Result files of `bsbr benchmark`, which hold nothing but times; training.json and "
+            "finetune.json; files of "
+            "`benchmarks`, which name their commands and have no replay.",
+            "Committed files whose model is no part of the package, or that were made on another "
+            "processor or version.",
+        ],
+        command=" ".join(["python -m tests.long.replays", *(str(file) for file in files)]),
+        conditions=f"CPU ({cpu_name()}); files of an evaluation and a sweep of a tiny model"
+        + (f"; committed: {committed}" if committed else ""),
+        seconds=time.monotonic() - started,
+    )  # fmt: skip
+    return len(bad)
+
+
+def check_builds(place: Path) -> int:
+    """Write the result of building and installing twice."""
+    started = time.monotonic()
+    built = wheels(place)
+    placed = installs(place)
+    record(
+        "builds",
+        section="Reproducibility",
+        claim="Two builds of the package give the same wheel, and two installs of it and of "
+        "locked dependencies the same files.",
+        cases=2,
+        failures=(len(set(built)) != 1) + (len(set(placed)) != 1),
+        measured=f"wheel SHA-256 {built[0][:16]}...; installed files {placed[0][:16]}...",
+        not_covered=[
+            "Installs of the large dependencies (PyTorch, transformers): their wheels are pinned by version in "
+            "constraints.txt, not by hash.",
+            "Dependencies of dependencies, which constraints.txt does not pin.",
+        ],
+        command="python -m tests.long.replays",
+        conditions=f"pip and hatchling; Python {sys.version.split()[0]}; installed beside the "
+        f"wheel: numpy, safetensors, rich, jinja2",
+        seconds=time.monotonic() - started,
+    )  # fmt: skip
+    print("builds:", built, placed, flush=True)
+    return (len(set(built)) != 1) + (len(set(placed)) != 1)
+
+
 def main() -> int:
     """Run twice, replay, build twice; write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", type=Path, help="committed result files to replay beside new ones")
+    parser.add_argument("--only", choices=("deterministic", "replays", "builds"))
     args = parser.parse_args()
     failures = 0
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         given = make(place / "given")
-        started = time.monotonic()
-        differ = deterministic(place, given)
-        print("deterministic:", differ or "equal", flush=True)
-        failures += len(differ)
-        record(
-            "deterministic",
-            section="Reproducibility",
-            claim="With --deterministic, evaluate, finetune and pretrain give the same bits from run to run.",
-            cases=3,
-            failures=len(differ),
-            measured="; ".join(differ) or "weights and figures of two runs each, in processes of their own: equal",
-            not_covered=[
-                "GPUs: there --deterministic takes the chunked backend for gradients, since the "
-                "kernels add them in no fixed "
-                "order; it was not run on one.",
-                "Other machines, numbers of threads or versions: PyTorch promises no equal bits between those.",
-            ],
-            command="python -m tests.long.replays",
-            conditions=f"CPU ({cpu_name()}), two threads; tiny models",
-            seconds=time.monotonic() - started,
-        )  # fmt: skip
-        started = time.monotonic()
-        os.chdir(given)
-        words = ("evaluate", "model", "--text", "text.txt", "--calibrate", "text.txt", *ATTENTION, *SMALL[:8])
-        bsbr([*words, "--output", str(place / "results")])
-        sweep = ("evaluate", "model", "--sweep", "--text", "text.txt", "--calibrate", "text.txt", "--block-size", "8")
-        few = (
-            "--budgets",
-            "8,16",
-            "--lengths",
-            "64",
-            "--repeats",
-            "2",
-            "--calibration-tokens",
-            "96",
-            "--documents",
-            "2",
-        )
-        bsbr([*sweep, *few, "--output", str(place / "sweep")])
-        new = [*sorted((place / "results").glob("*.json")), *sorted((place / "sweep").glob("*.json"))]
-        found = replay([*new, *(file if file.is_absolute() else ROOT / file for file in args.files)])
-        os.chdir(ROOT)
-        bad = {name: said for name, (code, said) in found.items() if code}
-        failures += len(bad)
-        committed = ", ".join(str(file) for file in args.files)
-        record(
-            "replays",
-            section="Reproducibility",
-            claim="`bsbr evaluate --replay FILE` runs a result file's own command again and finds "
-            "every digit the same, times "
-            "and memory excepted.",
-            cases=len(found),
-            failures=len(bad),
-            measured="; ".join(said.split(";")[0] for _, said in found.values()),
-            not_covered=[
-                "Result files of `bsbr benchmark`, which hold nothing but times; training.json and "
-                "finetune.json; files of "
-                "`benchmarks`, which name their commands and have no replay.",
-                "Committed files whose model is no part of the package, or that were made on another "
-                "processor or version.",
-            ],
-            command=" ".join(["python -m tests.long.replays", *(str(file) for file in args.files)]),
-            conditions=f"CPU ({cpu_name()}); files of an evaluation and a sweep of a tiny model"
-            + (f"; committed: {committed}" if committed else ""),
-            seconds=time.monotonic() - started,
-        )  # fmt: skip
-        started = time.monotonic()
-        built = wheels(place)
-        placed = installs(place)
-        failures += (len(set(built)) != 1) + (len(set(placed)) != 1)
-        record(
-            "builds",
-            section="Reproducibility",
-            claim="Two builds of the package give the same wheel, and two installs of it and of "
-            "locked dependencies the same files.",
-            cases=2,
-            failures=(len(set(built)) != 1) + (len(set(placed)) != 1),
-            measured=f"wheel SHA-256 {built[0][:16]}...; installed files {placed[0][:16]}...",
-            not_covered=[
-                "Installs of the large dependencies (PyTorch, transformers): their wheels are pinned by version in "
-                "constraints.txt, not by hash.",
-                "Dependencies of dependencies, which constraints.txt does not pin.",
-            ],
-            command="python -m tests.long.replays",
-            conditions=f"pip and hatchling; Python {sys.version.split()[0]}; installed beside the "
-            f"wheel: numpy, safetensors, rich, jinja2",
-            seconds=time.monotonic() - started,
-        )  # fmt: skip
-        print("builds:", built, placed, flush=True)
+        if args.only in (None, "builds"):
+            failures += check_builds(place)
+        if args.only in (None, "deterministic"):
+            failures += check_deterministic(place, given)
+        if args.only in (None, "replays"):
+            failures += check_replays(place, given, args.files)
     return int(bool(failures))
 
 

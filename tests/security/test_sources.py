@@ -17,7 +17,7 @@ WRITERS = {
 }
 """Files that may open something for writing, and why."""
 
-SAVERS = {"hf/modeling.py", "cli/models.py", "training/corpus.py"}
+SAVERS = {"hf/modeling.py", "cli/models.py", "training/corpus.py", "training/language_model.py"}
 """Files that may call `save_pretrained`: into a folder whose files are moved or copied by the writer."""
 
 FORBIDDEN = {

@@ -101,7 +101,7 @@ def finetune(
                     progress=progress, interrupted=interrupted, model=student, args=arguments, train_dataset=train,
                 )  # fmt: skip
                 with _products(config):
-                    trainer.train(resume_from_checkpoint=newest_checkpoint(own))
+                    trainer.go_on(newest_checkpoint(own))
                 device = str(trainer.args.device)
                 history += [{"stage": stage, **x} for x in trainer.state.log_history if "held_out_kl" in x]
                 if interrupted.is_set():

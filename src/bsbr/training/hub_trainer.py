@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
 from bsbr.errors import UserError
 from bsbr.files import write_atomic, write_json
@@ -27,6 +27,22 @@ class PlainTrainer(Trainer):
     transformers' own are pickles, and a checkpoint that a killed run left half-written counts as the newest one. Under
     FSDP and DeepSpeed, whose checkpoints are made of other parts, these parts stay as transformers has them.
     """
+
+    def go_on(self, checkpoint: str | None) -> None:
+        """Train from a checkpoint to the end; from one of the last step, only take it over.
+
+        transformers would train one step more there, where the last step is not the end of an epoch.
+
+        Args:
+            checkpoint: its path, or None to start.
+        """
+        if checkpoint is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            state = TrainerState.load_from_json(str(Path(checkpoint) / _STATE))
+            if state.global_step >= self.args.max_steps:
+                self._load_from_checkpoint(checkpoint)
+                self.state = state
+                return
+        self.train(resume_from_checkpoint=checkpoint)
 
     def finish_checkpoint(self, step: int) -> None:
         """Write the manifest of the checkpoint of a step; until then it does not count.

@@ -1,9 +1,6 @@
 """The loss of a causal language model at every token, its loss on held-out text, and how it is saved."""
 
 import math
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +12,10 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from bsbr.data.tokenizer import ENDOFTEXT_ID
-from bsbr.errors import UserError
 from bsbr.hf.attention import bsbr_attention_forward
 from bsbr.hf.families import NAME, PREFIX
 from bsbr.hf.modeling import layer_type
+from bsbr.hf.saving import save_whole
 
 _UNMASKED = {NAME: f"{NAME}_unmasked", "sdpa": "sdpa_unmasked"}
 """Our attention and PyTorch's, and their names without a mask function. Asking for a mask makes transformers look at
@@ -100,17 +97,7 @@ def save_model(model: PreTrainedModel, target: Path) -> None:
     Raises:
         UserError: the folder cannot be written.
     """
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target, prefix=".model-"))
-        try:
-            model.save_pretrained(temporary)
-            for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
-                os.replace(file, target / file.name)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f'output "{target}": cannot be written ({error.strerror or error}). Free the place') from error
+    save_whole(target, model.save_pretrained)
 
 
 @dataclass(frozen=True, kw_only=True)
