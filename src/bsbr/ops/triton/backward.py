@@ -44,8 +44,8 @@ def backward(
     dcalibration = torch.zeros_like(calibration)
     do = do.contiguous()
     if not problem.num_sparse:
-        gradients = prefix_backward(do, q, k, v, o, lse, problem.scale)
-        return *(x.contiguous() for x in gradients), dcalibration
+        dq, dk, dv = (x.contiguous() for x in prefix_backward(do, q, k, v, o, lse, problem.scale))
+        return dq, dk, dv, dcalibration
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     if dense:
         own_do, own_q, own_k, own_v, own_o, own_lse = (x[:, :dense] for x in (do, q, k, v, o, lse))
