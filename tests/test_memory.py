@@ -56,10 +56,10 @@ def test_work_that_cannot_fit_is_refused_before_it_allocates(
 
 
 def test_the_estimate_of_training_is_the_model_itself() -> None:
-    from bsbr.training.language_model import build_gpt2
+    from bsbr.training.build import build_model
 
     config = PretrainConfig(layers=2, heads=2, hidden=32, context=64, batch_tokens=64, tokens=1)
-    model = build_gpt2(layers=2, heads=2, hidden=32, context=64, vocab=300, seed=0)
+    model = build_model(config, 300)
     parameters = sum(p.numel() for p in model.parameters()) - 300 * 32
     assert config.least_bytes() == 12 * parameters
 

@@ -209,7 +209,7 @@ def test_finetune_saves_a_model_its_figures_and_a_plot(tiny, tmp_path, capsys):
     assert {row["stage"] for row in record["history"]} == {"transfer", "distill"}
     assert (output / "finetune.png").read_bytes().startswith(b"\x89PNG")
     assert main(command) == 2
-    assert "holds an earlier run. Choose another folder" in capsys.readouterr().err
+    assert "holds an earlier run. Add --resume, or choose another folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -63,11 +63,14 @@ def run(args: argparse.Namespace) -> int:
     from bsbr.evaluation.speed import SpeedSettings
     from bsbr.evaluation.suite import run_suite
     from bsbr.evaluation.table import summary_tables
+    from bsbr.evaluation.windows import choose_documents
     from bsbr.hf.positions import extend_positions, max_positions
     from bsbr.report import render
 
     console = Console(stderr=True)
     original, tokenizer, texts = load_with_texts(args.model, args.text, args.dtype, args.device)
+    for documents in texts.values():  # before minutes of calibration
+        choose_documents(tokenizer, documents, documents=1, tokens=2)
     trained = max_positions(original)
     if args.max_length:
         original = extend_positions(original, args.max_length)

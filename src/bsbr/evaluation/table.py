@@ -27,7 +27,7 @@ def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
         One table per text, then one of speed; a part that was not measured has no table.
 
     Example:
-        >>> [table.title for table in summary_tables({"quality": {}, "speedup": {"converted": {128: 1.0}}})]
+        >>> [str(table.title) for table in summary_tables({"quality": {}, "speedup": {"converted": {128: 1.0}}})]
         ['Speed-up over the original, batch 1']
     """
     tables = []
