@@ -76,21 +76,25 @@ def request(model: Any, lone: Any, draw: random.Random) -> Found:
     return Found(len(lengths), flips, error)
 
 
-def run(requests: int, seed: int) -> tuple[list[Found], float]:
+def run(requests: int, seed: int, minutes: float) -> tuple[list[Found], float]:
     """Send requests to each model object in turn.
 
     Args:
         requests: how many in all.
         seed: of the requests.
+        minutes: no request is sent after so many.
     Returns:
         What each was like, and by how much the process's memory grew after the first fifth, in percent.
     """
     dense = originals()
     pairs = [(convert(model, SPARSE), convert(model, SPARSE)) for model in dense.values()]
     found, after_warm_up = [], 0
+    started = time.monotonic()
     for number in range(requests):
+        if time.monotonic() - started > 60 * minutes:
+            break
         found.append(request(*pairs[number % len(pairs)], random.Random(f"{seed} {number}")))
-        if number == requests // 5:
+        if not after_warm_up and (number >= requests // 5 or time.monotonic() - started > 12 * minutes):
             after_warm_up = resident()
     return found, 100 * (resident() / after_warm_up - 1)
 
@@ -108,11 +112,12 @@ def main() -> int:
     """Send all requests and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.disable(logging.CRITICAL)
     started = time.monotonic()
-    found, grown = run(args.requests, args.seed)
+    found, grown = run(args.requests, args.seed, args.minutes)
     worst = max(each.error for each in found)
     failures = sum(each.flips > 0 or each.error > 1e-5 for each in found)
     record(

@@ -98,7 +98,6 @@ def wheels(place: Path) -> list[str]:
             "wheel",
             "--quiet",
             "--no-deps",
-            "--no-build-isolation",
             "-w",
             str(folder),
             ".",

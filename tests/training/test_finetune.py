@@ -105,6 +105,17 @@ def test_a_run_that_was_stopped_ends_where_an_unbroken_one_does(tokenizer, tmp_p
     assert again["history"] == record["history"]
 
 
+def test_going_on_with_a_finished_run_trains_nothing_more(tokenizer, tmp_path):
+    model, config = convert(original(), SPARSE), recipe(transfer_tokens=64 * 4 * 2, distill_tokens=64 * 4 * 3)
+    whole, record = finetune(model, config, text=TEXT, tokenizer=tokenizer, output=tmp_path)
+    names = {path.name for path in (tmp_path / "checkpoints" / "1-distill" / "checkpoint-3").iterdir()}
+    assert not [name for name in names if name.endswith((".pt", ".pth", ".bin"))]
+    assert {"manifest.json", "optimizer.safetensors", "optimizer.json", "rng_state_0.json"} <= names
+    again, same = finetune(model, config, text=TEXT, tokenizer=tokenizer, output=tmp_path, resume=True)
+    assert same["history"] == record["history"]
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in whole.state_dict().items())
+
+
 def test_distillation_loss_is_the_divergence():
     own, taught = torch.randn(2, 5, 7, requires_grad=True), torch.randn(2, 5, 7)
     p, q = taught.softmax(-1), own.softmax(-1)
