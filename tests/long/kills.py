@@ -145,7 +145,7 @@ def main() -> int:
             "machine was switched off.",
             "Runs on several processes or a GPU.",
         ],
-        command=f"python -m tests.long.kills --kills {args.kills} --seed {args.seed}",
+        command=f"python -m tests.long.kills --kills {args.kills} --seed {args.seed} --minutes {args.minutes:g}",
         conditions=f"CPU ({cpu_name()}); a model of two layers and 16 channels; a fifth of the kills "
         f"strike just before a "
         "random fsync or rename, the others at a random time",

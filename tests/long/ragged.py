@@ -133,7 +133,7 @@ def main() -> int:
         f"largest difference of a logit {worst:.1e} of the largest logit; resident memory "
         f"{grown:+.1f} % after the first fifth",
         not_covered=["Equal to the last bit: rows of another width are other matrix products."],
-        command=f"python -m tests.long.ragged --requests {args.requests} --seed {args.seed}",
+        command=f"python -m tests.long.ragged --requests {args.requests} --seed {args.seed} --minutes {args.minutes:g}",
         conditions=f"CPU ({cpu_name()}), float32; two converted Llama models of two layers; 1 to 4 "
         f"prompts of 1 to {LONGEST} tokens, "
         "up to 9 further columns of padding filled with random tokens, greedy",
