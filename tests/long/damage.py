@@ -157,7 +157,7 @@ def main() -> int:
             "Folders without a manifest (saved by transformers alone) are not checked; neither are models that "
             "AutoModelForCausalLM fetches from the hub by name (`bsbr.hf.load_model` checks those).",
             "Of settings and tokenizers, which people edit, a difference is a warning and not an error.",
-            "Result files and reports: `bsbr evaluate --replay` checks the digest of a result file, "
+            "Result files and reports: `bsbr evaluate` with `--replay` checks the digest of a result file, "
             "`bsbr report` does not.",
         ],
         command=f"python -m tests.long.damage --flips {args.flips} --cuts {args.cuts} --seed {args.seed}",

@@ -233,7 +233,7 @@ def main() -> int:
         failures=len(faults),
         measured="; ".join(f"{name}: {count} writes" for name, count in counts.items()),
         mended=[
-            "`save_pretrained` and `bsbr convert --overwrite` wrote over the model that was there: a "
+            "`save_pretrained` and `bsbr convert` with `--overwrite` wrote over the model that was there: a "
             "disk that filled up "
             "left half of each. They now fill a folder beside it and move its files when all are on the disk.",
             "A full disk in some writers ended with a traceback.",
