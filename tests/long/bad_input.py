@@ -20,7 +20,7 @@ from tests.security.test_bad_configs import CASES, HARMLESS, models, outcome
 MENDED = [
     "`--flag=--` gave an option the empty list on Python 3.11, past its type: refused before parsing.",
     "`bsbr pretrain` found an output folder that cannot be written only after it had trained a tokenizer.",
-    "`bsbr evaluate` with a `--window` beyond the model's positions was refused only after all variants had been calibrated.",
+    "`bsbr evaluate` with a `--window` beyond the model's positions was refused only after calibration.",
     "Shards named in model.safetensors.index.json could lie outside the model's folder.",
     "A folder with adapter_config.json made transformers load the model which that file names.",
     "A config with a thousand million layers was built before its weights were looked at.",
