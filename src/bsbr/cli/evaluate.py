@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibrate", metavar="TEXT", default=EMBEDDED, help="text file, embedded, or none")
     parser.add_argument("--lengths", type=lengths, help="lengths to time; None: 128 to 2048 by doubling")
     parser.add_argument("--window", type=int, help="tokens of a quality window; None: 2048 or the model's positions")
-    parser.add_argument("--documents", type=int, help="documents of each text; None: 12, in a sweep 6")
+    parser.add_argument("--documents", type=int, help="documents of each text; None: 8, in a sweep 6")
     parser.add_argument("--repeats", type=int, default=8, help="timings of each contender at each length")
     parser.add_argument("--max-length", type=int, help="extend the positions, so that longer lengths can be timed")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     positions = max_positions(original)
     config = SuiteConfig(
         window=args.window or min(2048, positions or 2048),
-        documents=12 if args.documents is None else args.documents,
+        documents=8 if args.documents is None else args.documents,
         lengths=_within(args.lengths or (128, 256, 512, 1024, 2048), positions),
         speed=SpeedSettings(rounds=-(-args.repeats // 2)),
         trained_positions=trained,
