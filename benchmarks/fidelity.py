@@ -87,6 +87,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--retrieval-block-size", type=int, default=None)
     parser.add_argument("--top-k", type=int, default=2)
+    parser.add_argument("--selection", default="head", choices=("head", "group", "recent"))
     parser.add_argument("--windows", type=int, default=3, help="windows of each document")
     parser.add_argument("--batch-tokens", type=int, default=1, help="tokens at once, in whole windows of a document")
     parser.add_argument("--calibration-tokens", type=int, default=32768)
@@ -101,13 +102,17 @@ def arguments() -> argparse.Namespace:
 def make_models(original: PreTrainedModel, args: argparse.Namespace) -> tuple[BSBRConfig, dict[str, PreTrainedModel]]:
     """The conversions that are compared, none of them calibrated yet."""
     config = BSBRConfig(
-        block_size=args.block_size, retrieval_block_size=args.retrieval_block_size, top_k=args.top_k, dense_below=0
+        block_size=args.block_size,
+        retrieval_block_size=args.retrieval_block_size,
+        top_k=args.top_k,
+        selection=args.selection,
+        dense_below=0,
     )
     dropped = BSBRConfig.from_dict({**config.to_dict(), "far": "drop", "state": "none"})
     settings = {"converted": config, "uncalibrated": config, "moba": dropped}
-    if args.top_k:
+    if args.top_k and args.selection != "recent":
         settings["moba_spread"] = dropped
-    else:  # nothing but the own block
+    else:  # nothing but the own block, or a window
         settings["local"] = settings.pop("moba")
     models = {"original": original} | {name: convert(original, its) for name, its in settings.items()}
     if args.finetuned is not None:

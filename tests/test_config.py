@@ -24,7 +24,7 @@ from bsbr.config import BSBRConfig
         ({"top_k_per_head": (((1,),),)}, "deeper tuples"),
         ({"far": "nearby"}, "moments, mean, drop"),
         ({"state": "all"}, "global, block, token, none"),
-        ({"selection": "token"}, "head, group"),
+        ({"selection": "token"}, "head, group, recent"),
         ({"dense_below": -5}, "dense_below"),
         ({"far": "drop", "state": "global"}, 'state="none"'),
     ],

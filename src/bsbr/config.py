@@ -5,12 +5,12 @@ from typing import Any, ClassVar, Literal
 
 Far = Literal["moments", "mean", "drop"]
 State = Literal["global", "block", "token", "none"]
-Selection = Literal["head", "group"]
+Selection = Literal["head", "group", "recent"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "far": ("moments", "mean", "drop"),
     "state": ("global", "block", "token", "none"),
-    "selection": ("head", "group"),
+    "selection": ("head", "group", "recent"),
 }
 
 
@@ -48,7 +48,8 @@ class BSBRConfig:
     """Which first-order state corrects the far field. None means "global" for moments, else "none"."""
 
     selection: Selection = "head"
-    """Each query head chooses its own blocks, or the heads that share a key head choose together."""
+    """Each query head chooses its own blocks, the heads that share a key head choose together, or every query reads the
+    latest `top_k` past blocks: a window, beside which a cache needs no older keys and values."""
 
     dense_below: int = 4096
     """Queries at positions below this use exact attention over their whole past; 0 switches it off. The default is

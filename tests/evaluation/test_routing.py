@@ -17,6 +17,7 @@ CONFIGS = (
     BSBRConfig(block_size=8, top_k=2, dense_below=0),
     BSBRConfig(block_size=8, retrieval_block_size=4, top_k=3, dense_below=0),
     BSBRConfig(block_size=8, retrieval_block_size=4, top_k=3, dense_below=0, selection="group"),
+    BSBRConfig(block_size=8, retrieval_block_size=4, top_k=3, dense_below=0, selection="recent"),
 )
 
 

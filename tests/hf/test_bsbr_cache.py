@@ -1,6 +1,7 @@
 """A BSBRCache changes nothing: not how a text is cut, nor padding, neighbours, beams, drafts or what came before."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,10 +16,15 @@ B, T = 8, 300
 CONFIG = BSBRConfig(dense_below=0, block_size=B, top_k=2)
 CHUNKS = (1, 2, 3, 7, B - 1, B, B + 1)
 STATES = BSBRConfig(dense_below=0, block_size=B, top_k=0)
+WINDOW = BSBRConfig(dense_below=0, block_size=B, top_k=3, selection="recent")
 CONFIGS = [
     pytest.param(CONFIG, "full", id="full"),
     pytest.param(CONFIG, "offload", id="offload"),
     pytest.param(STATES, "states", id="states"),
+    pytest.param(WINDOW, "states", id="window"),
+    pytest.param(
+        replace(WINDOW, retrieval_block_size=4, top_k_per_head=((0, 3), (9, 1))), "states", id="windows per head"
+    ),
     pytest.param(BSBRConfig(dense_below=29, block_size=B, retrieval_block_size=4, top_k=3, selection="group"), "full",
                  id="units"),
     pytest.param(BSBRConfig(dense_below=0, block_size=B, top_k=2, far="drop"), "full", id="moba"),

@@ -30,7 +30,7 @@ def small_problem(seed: int) -> tuple[BSBRConfig, list[Tensor]]:
         top_k=draw.choice([0, 1, 2]),
         far=far,
         state="none" if far == "drop" else draw.choice(["global", "block", "token", "none"]),
-        selection=draw.choice(["head", "group"]),
+        selection=draw.choice(["head", "group", "recent"]),
         dense_below=draw.choice([0, 0, 3]),
     )
     tokens, heads, group = draw.randint(1, 15), draw.choice([1, 1, 2]), draw.choice([1, 2])

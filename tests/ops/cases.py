@@ -56,7 +56,7 @@ def random_case(seed: int, longest: int = 300, value_width: bool = True) -> Case
         top_k=draw.choice([0, 1, 2, 3, 4, 8, 1000]),
         far=far,
         state=state,
-        selection=draw.choice(["head", "group"]),
+        selection=draw.choice(["head", "group", "recent"]),
         dense_below=draw.choice([0, 0, 0, 1, 33, 128]),
     )
     size = config.block_size

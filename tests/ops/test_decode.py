@@ -56,9 +56,10 @@ def test_in_float64_every_part_equals_the_reference(mode):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9, msg=lambda m, c=case: f"{c.config}: {m}")
 
 
-def test_states_alone_are_enough_without_retrieval():
+@pytest.mark.parametrize("settings", [{"top_k": 0}, {"top_k": 3, "selection": "recent"}], ids=str)
+def test_states_alone_are_enough_without_retrieval(settings):
     for seed in range(40):
-        case, draw = cached_case(seed, top_k=0, dense_below=0), random.Random(seed)
+        case, draw = cached_case(seed, dense_below=0, **settings), random.Random(seed)
         tensors = case.q, case.k, case.v
         expected = reference_attention(*tensors, case.config, calibration=case.calibration)[0]
         cache = block_cache(case.config, "states")

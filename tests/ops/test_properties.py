@@ -16,6 +16,7 @@ KINDS = {
     "drop": BSBRConfig(dense_below=0, block_size=32, top_k=2, far="drop"),
     "local": BSBRConfig(dense_below=0, block_size=32, top_k=0, far="drop"),
     "states only": BSBRConfig(dense_below=0, block_size=32, top_k=0),
+    "window": BSBRConfig(dense_below=0, block_size=32, top_k=2, selection="recent"),
     "shared choice": BSBRConfig(dense_below=0, block_size=32, top_k=2, selection="group"),
     "dense below": BSBRConfig(block_size=32, top_k=1, dense_below=45),
 }

@@ -42,7 +42,7 @@ def wide_case(seed: int) -> Case:
         top_k=draw.choice([0, 1, 2, 4, 8, 1000]),
         far=far,
         state="none" if far == "drop" else draw.choice(["global", "global", "none"]),
-        selection=draw.choice(["head", "head", "group"]),
+        selection=draw.choice(["head", "head", "group", "recent"]),
         dense_below=draw.choice([0, 0, 0, size + 3]),
     )
     spread = math.exp(draw.uniform(math.log(1e-3), math.log(30))) ** 0.5

@@ -27,7 +27,7 @@ KINDS = [
         dense_below=0, block_size=8, top_k=top_k, far=far, state=state, retrieval_block_size=unit, selection=selection
     )
     for far, state, top_k, unit, selection in itertools.product(
-        ["moments", "mean"], ["global", "block", "token", "none"], [0, 3], [8, 4], ["head", "group"]
+        ["moments", "mean"], ["global", "block", "token", "none"], [0, 3], [8, 4], ["head", "group", "recent"]
     )
 ]
 

@@ -25,7 +25,9 @@ def add_attention_arguments(parser: argparse.ArgumentParser, *, top_k: int) -> N
     group.add_argument("--top-k", type=int, default=top_k, help="past blocks each query reads exactly")
     group.add_argument("--far", default=BSBRConfig.far, help="summary of the others: moments, mean or drop")
     group.add_argument("--state", help="first-order state: global, block, token or none; None: what suits --far")
-    group.add_argument("--selection", default=BSBRConfig.selection, help="choose blocks per head or group")
+    group.add_argument(
+        "--selection", default=BSBRConfig.selection, help="which blocks: chosen by head or group, or recent"
+    )
     group.add_argument(
         "--dense-below", type=int, default=BSBRConfig.dense_below, help="queries before this position are exact"
     )

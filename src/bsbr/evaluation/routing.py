@@ -14,7 +14,7 @@ from bsbr.hf.attention import NAME, bsbr_attention_forward, bsbr_mask
 from bsbr.hf.mixers import Call, attend, layer_settings
 from bsbr.hf.modeling import attention_modules
 from bsbr.hf.sharing import share
-from bsbr.ops.routing import select_blocks
+from bsbr.ops.routing import recent_blocks, select_blocks
 from bsbr.ops.schedule import dense_until
 from bsbr.ops.shares import join_shares, shares_of, take_share
 
@@ -107,10 +107,7 @@ class Recent:
 
     def __call__(self, q: Tensor, k: Tensor, config: BSBRConfig, *, scale: float, layer: int) -> Tensor:
         """Choose; see `Choice`."""
-        past = _past(torch.arange(q.shape[1], device=q.device), config)[:, None]
-        index = (past - config.top_k).clamp(min=0) + torch.arange(config.top_k, device=q.device)
-        index = index.masked_fill(index >= past, -1)
-        return index[None, :, None].expand(q.shape[0], -1, q.shape[2], -1)
+        return recent_blocks(q, config)
 
 
 def true_log_mass(q: Tensor, k: Tensor, unit: int, scale: float) -> Tensor:

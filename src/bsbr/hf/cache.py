@@ -27,7 +27,8 @@ class BSBRCache(Cache):
     Args:
         config: the converted model's config.
         mode: "full" keeps all keys and values on the device; "offload" keeps those of past blocks on the host and
-            fetches what is retrieved; "states" keeps summaries and the last two blocks only, for `top_k` 0.
+            fetches what is retrieved; "states" keeps summaries and the last blocks only, for `top_k` 0 or
+            `selection="recent"`.
     Raises:
         UserError: the mode does not exist or does not fit the settings, or the mixer keeps no such cache.
 

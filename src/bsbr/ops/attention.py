@@ -9,6 +9,7 @@ from bsbr.config import BSBRConfig
 from bsbr.ops.chunked import chunked_attention
 from bsbr.ops.native.forward import why_not_native
 from bsbr.ops.reference import reference_attention
+from bsbr.ops.routing import recent_blocks
 from bsbr.ops.shares import Share, join_shares, shares_of, take_share
 from bsbr.ops.sinks import add_sinks
 from bsbr.ops.summaries import UNCALIBRATED
@@ -89,7 +90,7 @@ def bsbr_attention(
 
     1. The own block of `block_size` tokens is read exactly and causally.
     2. The `top_k` past blocks of largest estimated mass are read exactly, chosen by each query for itself; with
-       `top_k_per_head`, as many as its key head reads.
+       `top_k_per_head`, as many as its key head reads; with selection="recent", the latest ones.
     3. Every other past block is one entry made of its mean key, key variance, mean value and first-order state.
 
     A block is summarised and retrieved only when it is complete and lies before the own block. Where `top_k` covers
@@ -128,7 +129,7 @@ def bsbr_attention(
     name, _ = resolve_backend(backend, q, k, v, config, q_start=q_start, dropout_p=dropout_p, sinks=sinks)
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, calibration, sinks))
     # native code counts head by head where nothing has to be kept, so that its threads can share all heads
-    counts = name == "native" and block_indices is None and not learns
+    counts = name == "native" and block_indices is None and not learns and config.selection != "recent"
     if config.top_k_per_head is not None and name != "reference" and not counts:
         parts = [
             bsbr_attention(
@@ -163,6 +164,8 @@ def bsbr_attention(
         # filled on the device: a copy from the host would not fit into a CUDA graph
         calibration = torch.stack([q.new_full((), x, dtype=wide) for x in UNCALIBRATED]).expand(q.shape[2], 5)
     calibration = calibration.to(wide)
+    if config.selection == "recent" and block_indices is None and config.top_k:
+        block_indices = recent_blocks(q, config, q_start)  # compiled code chooses by mass alone
     if name == "triton":
         from bsbr.ops.triton.operator import triton_attention  # triton is imported only where it is used
 

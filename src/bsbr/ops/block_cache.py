@@ -13,7 +13,7 @@ from bsbr.ops.device_step import DeviceStep
 from bsbr.ops.own_blocks import OwnBlocks
 from bsbr.ops.pieces import Piece, cut, row_numbers
 from bsbr.ops.running import SUMMARISED, RunningSummaries
-from bsbr.ops.stores import Store
+from bsbr.ops.stores import RecentStore, Store
 from bsbr.ops.summaries import UNCALIBRATED
 from bsbr.ops.tensor_step import attend_by_tensors
 from bsbr.ops.triton.problem import why_not_decode
@@ -40,15 +40,12 @@ def check_mode(config: BSBRConfig, mode: Mode) -> None:
         raise ValueError(
             f'a BSBR cache keeps no state="{config.state}": use state="global" or transformers\' own cache'
         )
-    if mode == "states" and (config.max_top_k or config.dense_below > config.block_size):
+    chosen = config.max_top_k if config.selection != "recent" else 0
+    if mode == "states" and (chosen or config.dense_below > config.block_size):
         raise ValueError(
             'cache "states" keeps no past keys and values, which '
-            + (
-                f"top_k {config.top_k} reads"
-                if config.top_k or config.top_k_per_head
-                else f"dense_below {config.dense_below} reads"
-            )
-            + ': convert with top_k 0 and dense_below 0, or use cache "full" or "offload"'
+            + (f"top_k {config.top_k} reads" if chosen else f"dense_below {config.dense_below} reads")
+            + ': convert with top_k 0 or selection "recent" and dense_below 0, or use cache "full" or "offload"'
         )
 
 
@@ -60,7 +57,8 @@ class BlockCache:
 
     Args:
         config: the settings.
-        mode: "full" keeps past keys and values on the device, "offload" on the host, "states" drops them.
+        mode: "full" keeps past keys and values on the device, "offload" on the host, "states" drops them, for
+            selection="recent" all but the latest.
 
     Example:
         >>> cache = BlockCache(BSBRConfig(block_size=4, top_k=1, dense_below=0))
@@ -177,7 +175,7 @@ class BlockCache:
             return self.reset()
         size = self.config.block_size
         deep = [row for row, length in enumerate(lengths) if length // size < self._floors[row]]
-        if deep and self._store is None:
+        if deep and self.mode == "states":
             raise ValueError(
                 'cache "states" has dropped the keys of blocks before the last two, so it cannot go back further: '
                 'use cache "full"'
@@ -213,6 +211,8 @@ class BlockCache:
         self._own, self._summaries = OwnBlocks(k, v, size), RunningSummaries(k, v, self.config)
         if self.mode != "states":
             self._store = Store(k, v, self.config.unit, size, self.mode == "offload")
+        elif self.config.top_k:
+            self._store = RecentStore(k, v, self.config.unit, size, self.config.top_k)
         self.lengths, self._floors = [0] * k.shape[0], [0] * k.shape[0]
 
     def _first(

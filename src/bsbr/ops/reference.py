@@ -27,7 +27,7 @@ def reference_attention(
 
     1. The block's log-mass is estimated as m_b = log n + a + sigma q.mu + lambda/2 (q*q).var.
     2. The `top_k` past blocks of largest m are read exactly (`top_k_per_head` of them where that is given), ties to
-       the lower index; the own local block too.
+       the lower index, or the latest ones for selection="recent"; the own local block too.
     3. Every other past block is one entry of log-mass m_b and value gamma vbar_b + beta q^T Fbar.
     4. One softmax runs over the exact keys and the entries together.
 
@@ -116,6 +116,9 @@ def _columns(calibration: Tensor | None, num_heads: int, like: Tensor) -> list[T
 
 def _select(mass: Tensor, config: BSBRConfig, group: int) -> Tensor:
     """The past blocks of largest mass, ties to the lower index: [B, Tq, HQ, max_top_k], padded with -1."""
+    if config.selection == "recent":
+        number = torch.arange(mass.shape[-1], device=mass.device, dtype=mass.dtype)
+        mass = torch.where(mass == -math.inf, mass, number)
     if config.selection == "group":  # the heads of a key head agree on the largest of their block probabilities
         share = (mass - mass.logsumexp(-1, keepdim=True)).nan_to_num(nan=-math.inf)
         mass = share.unflatten(1, (-1, group)).amax(2).repeat_interleave(group, 1)

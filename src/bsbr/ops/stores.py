@@ -1,4 +1,4 @@
-"""Keys and values of the past local blocks of a sequence, kept to be read again, on the device or on the host."""
+"""Keys and values of the past local blocks of a sequence, kept to be read again: all of them, or the latest."""
 
 import torch
 from torch import Tensor
@@ -112,6 +112,43 @@ class Store:
             rows: [R] row numbers; one may come more than once.
         """
         self.k, self.v = (take_rows(x, rows) for x in (self.k, self.v))
+
+
+class RecentStore(Store):
+    """A `Store` of the latest local blocks only: local block n stands in place n % (number of places).
+
+    Args:
+        k: keys whose rows, heads, width, dtype and device are taken, [B, T, H, D].
+        v: values, [B, T, H, Dv].
+        unit: tokens of a retrieval block.
+        block_size: tokens of a local block.
+        latest: retrieval blocks before the own local block that are read. One local block more is kept, so that a row
+            can go back by a block, as `OwnBlocks` can.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, unit: int, block_size: int, latest: int) -> None:
+        super().__init__(k, v, unit, block_size, on_host=False)
+        self.places = -(-latest * unit // block_size) + 1
+        super().reserve(self.places * block_size)
+        with torch.inference_mode(False):  # room as asked for, no more
+            self.k, self.v = (x[:, :, : self.places * block_size].contiguous() for x in (self.k, self.v))
+
+    def write(self, rows: slice, start: int, k: Tensor, v: Tensor) -> None:
+        """Keep the latest of keys and values; see `Store.write`."""
+        size, stop = self.block_size, start + k.shape[2]
+        for block in range(max(start, stop - self.places * size), stop, size):
+            place, source = block // size % self.places * size, slice(block - start, block - start + size)
+            self.k[rows, :, place : place + size], self.v[rows, :, place : place + size] = (
+                k[:, :, source],
+                v[:, :, source],
+            )
+
+    def reserve(self, tokens: int) -> None:
+        """Do nothing: a window does not grow."""
+
+    def fetch(self, head: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+        """Read retrieval blocks of the window; see `Store.fetch`."""
+        return super().fetch(head, block % (self.places * self.block_size // self.unit))
 
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:

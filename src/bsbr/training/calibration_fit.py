@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bsbr.config import BSBRConfig
+from bsbr.ops.routing import latest_of
 from bsbr.ops.summaries import UNCALIBRATED
 from bsbr.training.calibration_sample import Sample
 
@@ -166,7 +167,10 @@ def _choose(mass: Tensor, most: int, counts: Tensor | None, config: BSBRConfig, 
     if config.selection == "group":
         share = (mass - mass.logsumexp(2, keepdim=True)).unflatten(1, (key_heads, -1))
         mass = share.amax(2, keepdim=True).expand_as(share).flatten(1, 2)
-    index = mass.topk(min(most, mass.shape[2]), dim=2).indices  # best first
+    if config.selection == "recent":
+        index = (latest_of(mass) - torch.arange(min(most, mass.shape[2]), device=mass.device)[:, None]).clamp(min=0)
+    else:
+        index = mass.topk(min(most, mass.shape[2]), dim=2).indices  # best first
     kept = torch.ones_like(index, dtype=torch.bool)
     if counts is not None:
         kept &= torch.arange(index.shape[2], device=mass.device)[:, None] < counts.to(mass.device)[:, None, None]

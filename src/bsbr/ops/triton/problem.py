@@ -158,4 +158,6 @@ def why_not_decode(q: Tensor, k: Tensor, v: Tensor, config: BSBRConfig) -> str |
         return f"{columns} columns"
     if config.far == "drop" and not config.top_k:
         return "nothing but the own block"
+    if config.selection == "recent":
+        return 'selection="recent"'
     return why_not_triton(q, k, v, config)
