@@ -87,7 +87,9 @@ class TextBatches:
         starts = self._orders[stage].starts(before * count, count)
         device = self._corpus.train.device
         reach = torch.arange(length + 1, device=device)
-        windows = self._corpus.train[torch.from_numpy(starts).to(device)[:, None] + reach].long()
+        # a copy that is waited for would wait for every step queued before it
+        places = torch.from_numpy(starts).to(device, non_blocking=True)
+        windows = self._corpus.train[places[:, None] + reach].long()
         # looked up here and not in the windows, which would wait for the device
         first, last = (np.searchsorted(self._document_starts, edge) for edge in (starts + 1, starts + length))
         positions = document_positions(windows[:, :-1]) if (first < last).any() else None

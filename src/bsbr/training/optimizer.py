@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from bsbr.training.muon import StackedMuon
 from bsbr.training.processes import like, whole
 
 _STATE_KEYS = {"adamw": ("exp_avg", "exp_avg_sq", "step"), "muon": ("momentum_buffer",)}
@@ -43,7 +44,9 @@ class SplitOptimizer:
         )
         self._parts: dict[str, torch.optim.Optimizer] = {"adamw": self._adamw}
         if matrices:
-            self._parts["muon"] = torch.optim.Muon(
+            # on a CPU nothing is launched, and matrices spread over processes cannot be stacked
+            stacks = fused and not any(hasattr(p, "full_tensor") for p in matrices)
+            self._parts["muon"] = (StackedMuon if stacks else torch.optim.Muon)(
                 matrices, lr=muon_lr, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
             )
         self._peaks = {"adamw": lr, "muon": muon_lr}
