@@ -1,5 +1,6 @@
 """What a step trains on: windows of a text, or examples of a task; a function of the step alone."""
 
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from bsbr.data.tasks import TaskConfig, generate
 from bsbr.data.tokenizer import ENDOFTEXT_ID
+from bsbr.training.ahead import Ahead
 from bsbr.training.corpus import Corpus
 from bsbr.training.language_model import document_positions, held_out_loss
 from bsbr.training.recipe import PretrainConfig
@@ -114,21 +116,25 @@ class TaskBatches:
         config: the recipe.
         total_steps: of the run.
         device: where the batches go.
+        workers: processes that make the batches ahead of time; a script that starts any needs the usual guard,
+            `if __name__ == "__main__":`.
     """
 
     train_tokens: int | None = None
 
-    def __init__(self, task: TaskConfig, config: PretrainConfig, total_steps: int, device: torch.device) -> None:
+    def __init__(
+        self, task: TaskConfig, config: PretrainConfig, total_steps: int, device: torch.device, *, workers: int = 0
+    ) -> None:
         self.record: dict[str, Any] = {"task": task.to_dict()}
-        self._config, self._device, self._stages = config, device, Stages(config, total_steps)
-        self._tasks = [_shortened(task, length) for length in self._stages.lengths]
+        self._config, self._device, stages = config, device, Stages(config, total_steps)
+        self._tasks = [_shortened(task, length) for length in stages.lengths]
+        self._made = Ahead(partial(_examples, self._tasks, stages, config.batch_tokens, config.seed), workers=workers)
 
     def at(self, step: int) -> Batch:
         """Return the batch of a step."""
-        stage, length, _ = self._stages.at(step)
-        found = generate(self._tasks[stage], self._config.batch_tokens // length, (self._config.seed, _TRAINING, step))
-        scored = torch.from_numpy(found.answer > 0).to(self._device)
-        return Batch(torch.from_numpy(found.tokens).to(self._device), None, scored)
+        made = self._made.at(step)
+        tokens, scored = (torch.from_numpy(made[x]).to(self._device, non_blocking=True) for x in ("tokens", "scored"))
+        return Batch(tokens.long(), None, scored)
 
     def measure(self, model: Any, *, whole: bool) -> dict[str, Any]:
         """Return loss and accuracy on fresh examples."""
@@ -141,6 +147,15 @@ class TaskBatches:
         )  # fmt: skip
         figures = {"held_out_nll": found.nll, "accuracy": found.accuracy.value}
         return figures | ({"found": found} if whole else {})
+
+
+def _examples(
+    tasks: list[TaskConfig], stages: Stages, batch_tokens: int, seed: int, step: int
+) -> dict[str, np.ndarray]:
+    """Tokens of the examples of a step, [N, T + 1], int32, and which of the next ones count, [N, T], bool."""
+    stage, length, _ = stages.at(step)
+    found = generate(tasks[stage], batch_tokens // length, (seed, _TRAINING, step))
+    return {"tokens": found.tokens.astype(np.int32), "scored": found.answer > 0}
 
 
 def _shortened(task: TaskConfig, length: int) -> TaskConfig:
