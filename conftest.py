@@ -1,6 +1,7 @@
 """What holds for every test: files that need an absent package are left out, and nobody loads a pickle."""
 
 import importlib.util
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,3 +51,10 @@ def _no_pickle(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     found = list(_loaded)
     _loaded.clear()
     assert not found, f"a pickle was opened: {found[:3]}"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _heed_ctrl_c() -> None:
+    """Let tests of Ctrl-C work where the suite is a shell's background job, which starts with SIGINT ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import platform
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from rich.console import Console
 from rich.progress import track
 
@@ -73,7 +75,7 @@ def run_all(
     file = folder / f"{name}.jsonl"
     rows = _read(file)
     keys = list(keys)
-    here = f"{cpu_name()}, PyTorch {torch.__version__.partition('+')[0]}"
+    here = machine()
     left = [key for key in keys if str(key) not in rows]
     with file.open("a") as out:
         for key, row in track(_results(left, work), name, len(left), console=Console(stderr=True)):
@@ -81,6 +83,16 @@ def run_all(
             out.write(json.dumps({"key": str(key), "row": rows[str(key)]}) + "\n")
             out.flush()
     return {str(key): rows[str(key)] for key in keys}
+
+
+def machine() -> str:
+    """Name this machine's processor and the versions that decide what is computed.
+
+    Returns:
+        A few words, for the rows that are made here.
+    """
+    versions = torch.__version__.partition("+")[0], transformers.__version__, platform.python_version()
+    return "{}, PyTorch {}, transformers {}, Python {}".format(cpu_name(), *versions)
 
 
 def machines(rows: dict[str, dict[str, Any]]) -> str:

@@ -39,6 +39,7 @@ def main() -> int:
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
     draw, rows, faults = random.Random(args.seed), [], []
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
