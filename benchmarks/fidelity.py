@@ -88,6 +88,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--retrieval-block-size", type=int, default=None)
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--selection", default="head", choices=("head", "group", "recent"))
+    parser.add_argument("--even-top-k", action="store_true", help="each key head reads --top-k blocks")
     parser.add_argument("--windows", type=int, default=3, help="windows of each document")
     parser.add_argument("--batch-tokens", type=int, default=1, help="tokens at once, in whole windows of a document")
     parser.add_argument("--calibration-tokens", type=int, default=32768)
@@ -158,6 +159,7 @@ def main() -> None:
         "queries_per_head": args.calibration_queries,
         "length": args.length,
         "seed": args.seed,
+        "spread_top_k": not args.even_top_k,
     }
     start = time.perf_counter()
     calibrate(models["converted"], calibration_text, tokenizer=tokenizer, progress=True, **chosen)

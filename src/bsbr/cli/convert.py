@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration-queries", type=int, default=512, help="queries of each head it samples")
     parser.add_argument("--max-length", type=int, help="tokens the result must take; extends its positions")
     parser.add_argument("--layers", type=_layers, metavar="0,1,...", help="layers to convert; the others stay dense")
+    parser.add_argument(
+        "--even-top-k", action="store_true", help="each key head reads --top-k blocks; else they are spread by need"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the calibration")
     parser.add_argument("--device", default="cpu", help="cpu or cuda, for the calibration")
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is there")
@@ -42,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     if text is not None and config.far != "drop":
         calibrate(
             converted, text, tokenizer=tokenizer, tokens=args.calibration_tokens, length=args.calibration_length,
-            queries_per_head=args.calibration_queries, seed=args.seed, progress=True,
+            queries_per_head=args.calibration_queries, spread_top_k=not args.even_top_k, seed=args.seed, progress=True,
         )  # fmt: skip
     save(converted.cpu(), tokenizer, output)
     kind = converted.config.model_type
