@@ -59,7 +59,8 @@ def deterministic(place: Path, given: Path) -> list[str]:
     for name, words in calls.items():
         found = []
         for number in range(2):
-            output = place / f"{name}{number}"
+            output = place / str(number) / name  # results hold the folder's name
+            output.parent.mkdir(exist_ok=True)
             command = [sys.executable, "-m", "bsbr.cli", *words, str(output), "--deterministic"]
             subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
             found.append({k: v for k, v in outcome(output).items() if not k.endswith((".png", ".html", ".md"))})
