@@ -14,7 +14,7 @@ WORKERS ?= 2
 LONG ?= numerics selection gradients lengths poison causality isolation faults \
   kills disk_full damage bad_input headers browser replays dependencies ragged soak
 
-.PHONY: evaluate test test-long check lint setup setup-dev clean
+.PHONY: evaluate test test-long check lint lock setup setup-dev clean
 
 evaluate: setup
 	$(BIN)/bsbr evaluate --output $(OUTPUT)
@@ -38,22 +38,34 @@ lint: setup-dev
 setup: $(VENV)/.evaluate
 setup-dev: $(VENV)/.dev
 
-$(VENV)/.torch: constraints.txt
-	@echo "Setting up $(VENV): torch (once, some minutes)"
+# Everything but torch comes with the hash of its file; torch, whose wheels differ by index, by version, and its CUDA
+# libraries as it names them. setuptools, which builds the few packages without a wheel, is pinned in constraints.txt.
+define install
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=constraints.txt $(PIP) --no-deps --require-hashes --requirement requirements/$(1).txt
 	$(PIP) $(TORCH)
+	$(PIP) --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m pip --disable-pip-version-check check
 	@touch $@
+endef
 
-$(VENV)/.evaluate: $(VENV)/.torch pyproject.toml
-	@echo "Setting up $(VENV): bsbr"
-	$(PIP) --constraint constraints.txt --editable '.[evaluate]'
-	@touch $@
+$(VENV)/.evaluate: requirements/evaluate.txt pyproject.toml
+	@echo "Setting up $(VENV): bsbr (once, some minutes)"
+	$(call install,evaluate)
 
-$(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	@echo "Setting up $(VENV): bsbr and what its tests need"
-	$(PIP) --constraint constraints.txt --editable '.[dev]'
-	@touch $@
+$(VENV)/.dev: requirements/dev.txt pyproject.toml
+	@echo "Setting up $(VENV): bsbr and what its tests need (once, some minutes)"
+	$(call install,dev)
+
+CUDA := $(shell sed -n 's/^# cuda: /--no-emit-package /p' constraints.txt)
+LOCK := uv pip compile pyproject.toml - --universal --python-version 3.11 --constraint constraints.txt --generate-hashes \
+  --quiet --custom-compile-command "make lock" --no-emit-package torch $(CUDA)
+
+lock:
+	printf 'hatchling\neditables\n' | $(LOCK) --extra dev --extra datasets --output-file requirements/dev.txt
+	printf 'hatchling\neditables\n' | $(LOCK) --extra evaluate --constraint requirements/dev.txt --no-emit-package triton \
+	  --output-file requirements/evaluate.txt
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -14,8 +14,8 @@ A file `NAME.json` holds
     conditions    in words: device and processor, sizes, dtypes, backends
     seed          the first seed, an integer, or null where nothing is drawn
     seconds       how long the run took, or null where it was not timed
-    code          versions, from `bsbr.evaluation.provenance.code_versions`, of the process that wrote the file; rows that
-                  other machines made say so in the conditions, with theirs
+    code          versions, from `bsbr.evaluation.provenance.code_versions`, of the process that wrote the file; of
+                  rows that other machines made, the conditions name those
     details       anything else as a dict, for readers of the file
 
 `record` writes one. `python -m benchmarks.reliability_page` writes the page anew.

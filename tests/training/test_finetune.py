@@ -157,27 +157,29 @@ import torch
 from test_finetune import SPARSE, TEXT, convert, finetune, original, recipe, train_tokenizer
 torch.set_num_threads(1)
 trained, _ = finetune(
-    convert(original(), SPARSE), recipe(batch_windows=int(sys.argv[3])), text=TEXT,
+    convert(original(), SPARSE), recipe(batch_windows=1), text=TEXT,
     tokenizer=train_tokenizer([TEXT], 300), output=sys.argv[2],
 )
 torch.save(trained.state_dict(), f"{sys.argv[2]}/trained.pt")
 """
 
 
-def test_two_processes_train_as_one(tmp_path):
-    script = tmp_path / "train.py"
+def launch_two(script: Path, *arguments: object) -> None:
+    """Run a script in two processes that know of each other."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    done = subprocess.run([*launch, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_two_processes_train_as_one(tmp_path, tokenizer):
+    script, output = tmp_path / "train.py", tmp_path / "two"
     script.write_text(TWO_PROCESSES)
-    found = []
-    for processes in (1, 2):
-        output = tmp_path / str(processes)
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        arguments = [script, Path(__file__).parent, output, str(2 // processes)]
-        done = subprocess.run([*launch, *map(str, arguments)], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-        found.append(torch.load(output / "trained.pt"))
-    for name, value in found[0].items():
+    launch_two(script, Path(__file__).parent, output)
+    together = torch.load(output / "trained.pt")
+    one, _ = finetune(convert(original(), SPARSE), recipe(), text=TEXT, tokenizer=tokenizer, output=tmp_path / "one")
+    for name, value in one.state_dict().items():
         # AdamW divides by the size of the gradient: where that is rounding noise, so is the step
-        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(together[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
 SHARDED = """
@@ -195,10 +197,8 @@ for layer in model.model.layers:
     fully_shard(layer)
 fully_shard(model)
 ids = torch.randint(300, (2, 64), generator=torch.Generator().manual_seed(0))
-own = ids.chunk(dist.get_world_size())[dist.get_rank()]
-with torch.no_grad():
-    taught = dense(own).logits
-distillation_loss(model(own).logits, taught).backward()
+own = ids.chunk(2)[dist.get_rank()]
+distillation_loss(model(own).logits, dense(own).logits.detach()).backward()
 gradients = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
 if dist.get_rank() == 0:
     torch.save(gradients, sys.argv[2])
@@ -208,16 +208,16 @@ dist.destroy_process_group()
 
 def test_weights_sharded_over_two_processes_give_the_gradients_of_one(tmp_path):
     """FSDP2, as `accelerate launch` sets it up on GPUs; it does not on CPUs, so the model is sharded by hand."""
-    script = tmp_path / "train.py"
+    script, output = tmp_path / "train.py", tmp_path / "two.pt"
     script.write_text(SHARDED)
-    found = []
-    for processes in (1, 2):
-        output = tmp_path / f"{processes}.pt"
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        arguments = [script, Path(__file__).parent, output]
-        done = subprocess.run([*launch, *map(str, arguments)], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-        found.append(torch.load(output))
-    assert any(name.endswith(".calibration") and gradient.any() for name, gradient in found[0].items())
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+    launch_two(script, Path(__file__).parent, output)
+    shared = torch.load(output)
+    dense = original("llama")
+    model = convert(dense, SPARSE).train()
+    ids = torch.randint(300, (2, 64), generator=torch.Generator().manual_seed(0))
+    distillation_loss(model(ids).logits, dense(ids).logits.detach()).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert shared.keys() == gradients.keys()
+    assert any(name.endswith(".calibration") and gradient.any() for name, gradient in gradients.items())
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(shared[name], gradient, rtol=1e-4, atol=1e-7, msg=name)

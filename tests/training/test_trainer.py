@@ -110,24 +110,23 @@ def test_killed_at_random_moments(texts: dict[str, Path], tmp_path: Path) -> Non
     """The long version is benchmarks/kill_resume.py."""
     _run(texts, tmp_path / "whole", checkpoint_interval=1)
     expected = (tmp_path / "whole" / "model.safetensors").read_bytes()
-    script = (
-        "import sys, json; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import torch\n"
+    folder, script = tmp_path / "parts", tmp_path / "kill.py"
+    script.write_text(  # forks once it has imported everything, so that each child begins at once
+        "import os, sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import torch\n"
         "torch.set_num_threads(1)\n"
         "from test_trainer import _run\n"
-        "print('ready', flush=True)\n"
-        "_run({'text': Path(sys.argv[2]), 'val': Path(sys.argv[3])}, Path(sys.argv[4]), resume=True,"
-        " checkpoint_interval=1)\n"
+        "texts = {'text': Path(sys.argv[2]), 'val': Path(sys.argv[3])}\n"
+        "for delay in sys.argv[5:]:\n"
+        "    child = os.fork()\n"
+        "    if not child:\n"
+        "        _run(texts, Path(sys.argv[4]), resume=True, checkpoint_interval=1)\n"
+        "        os._exit(0)\n"
+        "    time.sleep(float(delay))\n"
+        "    os.kill(child, 9)\n"
+        "    os.waitpid(child, 0)\n"
     )
-    folder = tmp_path / "parts"
-    arguments = [sys.executable, "-c", script, Path(__file__).parent, texts["text"], texts["val"], folder]
-    for delay in (0.1, 0.35):
-        process = subprocess.Popen([str(x) for x in arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+    arguments = [Path(__file__).parent, texts["text"], texts["val"], folder, 0.1, 0.35, 0.8]
+    subprocess.run([sys.executable, *map(str, (script, *arguments))], check=True, capture_output=True, timeout=120)
     if not (folder / "training.json").exists():
         _run(texts, folder, resume=True, checkpoint_interval=1)
     assert (folder / "model.safetensors").read_bytes() == expected
