@@ -9,17 +9,18 @@ A run that is there already is not made again, so that the second command goes o
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.training_rows import conditions, write_row
+from benchmarks.spread import spread
+from benchmarks.training_rows import add_parts, conditions, read_rows, write_row
 from bsbr.data.text import read_text, split_documents, text_digest
 from bsbr.data.tokenizer import encode_documents, load_tokenizer, token_byte_lengths
 from bsbr.files import write_json
@@ -82,18 +83,19 @@ def prepare(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> None:
     """Train every attention with every seed, and write a row after each."""
     corpus = load_corpus(Path(options.data), torch.device(options.device))
-    for seed in options.seeds:
-        for name in options.attention:
+    for name in options.attention:
+        torch.compiler.reset()  # PyTorch compiles one function for so many models only
+        for seed in options.seeds:
             target = Path(options.rows) / f"{name}-{seed}.json"
             if target.exists():
                 continue
             try:
                 row, model = train(name, seed, corpus, options)
                 write_row(target, row)
-                if seed == 0 and options.keep:
-                    save_model(model.float(), Path(options.keep) / name)
-            except Exception as error:  # one attention that fails must not cost the others
-                print(f"{name} {seed}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                if options.keep:
+                    save_model(model.float(), Path(options.keep) / f"{name}-{seed}")
+            except Exception:  # one run that fails must not cost the others
+                traceback.print_exc()
 
 
 def load_corpus(folder: Path, device: torch.device) -> Corpus:
@@ -150,7 +152,7 @@ def held_out(model: Any, corpus: Corpus, length: int, windows: int) -> torch.Ten
 
 def gather(options: argparse.Namespace) -> None:
     """Join the rows, and state means and spreads over seeds, and differences from full attention of the same seed."""
-    rows = [json.loads(path.read_text()) for path in sorted(Path(options.rows).glob("*-*.json"))]
+    rows = read_rows(options.rows)
     by_name: dict[str, dict[int, Any]] = {}
     for row in rows:
         by_name.setdefault(row["attention"], {})[row["seed"]] = row
@@ -173,16 +175,11 @@ def gather(options: argparse.Namespace) -> None:
 def _summarise(found: dict[int, Any], full: dict[int, Any]) -> dict[str, Any]:
     summary: dict[str, Any] = {"seeds": sorted(found), "parameters": next(iter(found.values()))["parameters"]}
     for key in ("nll", "nll_last"):
-        summary[key] = _spread([row[key] for row in found.values()])
+        summary[key] = spread([row[key] for row in found.values()])
         both = sorted(found.keys() & full.keys())
         if both:
-            summary[f"{key}_minus_full"] = _spread([found[seed][key] - full[seed][key] for seed in both])
+            summary[f"{key}_minus_full"] = spread([found[seed][key] - full[seed][key] for seed in both])
     return summary
-
-
-def _spread(values: list[float]) -> dict[str, float | int]:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"mean": statistics.fmean(values), "sd": deviation, "n": len(values)}
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -199,7 +196,7 @@ def table(summary: dict[str, Any]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = parser.add_subparsers(required=True)
+    parts, running = add_parts(parser, run, gather)
     part = parts.add_parser("prepare")
     part.add_argument("data")
     for name in ("--text", "--val", "--tokenizer"):
@@ -207,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument("--tokens", type=int, default=1 << 24)
     part.add_argument("--val-tokens", type=int, default=1 << 20)
     part.set_defaults(act=prepare)
-    part = parts.add_parser("run")
+    part = running
     part.add_argument("data")
     part.add_argument("rows")
     part.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=["full", "bsbr", "window", "linear"])
@@ -217,13 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument("--shape", default=str(_SHAPE), help="configuration of the model, JSON")
     part.add_argument("--recipe", default="{}", help="fields of PretrainConfig that differ, JSON")
     part.add_argument("--compile", action="store_true")
-    part.add_argument("--keep", metavar="DIR", help="save the models of seed 0 here")
-    part.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    part.set_defaults(act=run)
-    part = parts.add_parser("gather")
-    part.add_argument("rows")
-    part.add_argument("output")
-    part.set_defaults(act=gather)
+    part.add_argument("--keep", metavar="DIR", help="save the models here, as NAME-SEED")
     return parser
 
 

@@ -9,17 +9,18 @@ examples. A run that is there already is not made again.
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.training_rows import conditions, write_row
+from benchmarks.spread import spread
+from benchmarks.training_rows import add_parts, conditions, read_rows, write_row
 from bsbr.data.tasks import TaskConfig
 from bsbr.evaluation.tasks import controls, score_task
 from bsbr.files import write_json
@@ -104,8 +105,8 @@ def run(options: argparse.Namespace) -> None:
                     continue
                 try:
                     write_row(target, train(task, name, seed, options))
-                except Exception as error:  # one that fails must not cost the others
-                    print(f"{task} {name} {seed}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                except Exception:  # one that fails must not cost the others
+                    traceback.print_exc()
 
 
 def train(task: str, name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -122,7 +123,7 @@ def train(task: str, name: str, seed: int, options: argparse.Namespace) -> dict[
         task=trained.to_dict(), compile=False, **values,
     )  # fmt: skip
     model = build_model(recipe, trained.vocab).to(device)
-    batches = TaskBatches(trained, recipe, total_steps(recipe), device)
+    batches = TaskBatches(trained, recipe, total_steps(recipe), device, workers=options.workers)
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch, TrainingProgress() as progress:
         trainer = Trainer(config=recipe, model=model, batches=batches, folder=Path(scratch), progress=progress)
@@ -166,14 +167,14 @@ def _scores(
 
 def gather(options: argparse.Namespace) -> None:
     """Join the rows, and state mean and spread of accuracy over seeds."""
-    rows = [json.loads(path.read_text()) for path in sorted(Path(options.rows).glob("*-*-*.json"))]
+    rows = read_rows(options.rows)
     found: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         for score in row["scores"]:
             who = row["attention"] if score["model"] == "trained" else f"{row['attention']}, {score['model']}"
             value = score["accuracy"]["value"]
             found.setdefault(row["task"], {}).setdefault(f"{who} @ {score['length']}", []).append(value)
-    summary = {task: {key: _spread(values) for key, values in sorted(own.items())} for task, own in found.items()}
+    summary = {task: {key: spread(values) for key, values in sorted(own.items())} for task, own in found.items()}
     first = rows[0]
     content = {
         "schema": {"name": "bsbr.benchmarks.recall", "version": 1},
@@ -187,14 +188,6 @@ def gather(options: argparse.Namespace) -> None:
     }  # fmt: skip
     write_json(options.output, content)
     print(table(summary))
-
-
-def _spread(values: list[float]) -> dict[str, float | int]:
-    return {
-        "mean": statistics.fmean(values),
-        "sd": statistics.stdev(values) if len(values) > 1 else 0.0,
-        "n": len(values),
-    }
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -214,8 +207,7 @@ def table(summary: dict[str, Any]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = parser.add_subparsers(required=True)
-    part = parts.add_parser("run")
+    _, part = add_parts(parser, run, gather)
     part.add_argument("rows")
     part.add_argument("--task", nargs="+", choices=RUNS, default=list(RUNS))
     part.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=["full", "bsbr"])
@@ -225,12 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument("--recipe", default="{}", help="fields of PretrainConfig that differ, JSON")
     part.add_argument("--test-tokens", type=int, default=1 << 21, help="tokens that a test reads, at most")
     part.add_argument("--least-examples", type=int, default=32, help="examples of a test, at least; at most 512")
-    part.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    part.set_defaults(act=run)
-    part = parts.add_parser("gather")
-    part.add_argument("rows")
-    part.add_argument("output")
-    part.set_defaults(act=gather)
+    part.add_argument("--workers", type=int, default=2, help="processes that make examples")
     return parser
 
 
