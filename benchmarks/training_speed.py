@@ -1,15 +1,20 @@
 """How fast training steps are: BSBR against full attention at a long context, and the trainer's share of the peak.
 
-python -m benchmarks.training_speed --parts steps mfu --output benchmarks/results/training_speed.json
+python -m benchmarks.training_speed --parts steps mfu public --public nanoGPT \
+    --output benchmarks/results/training_speed.json
 
-`steps`: the 28 M Llama shape, one window a step, uncompiled, forward, backward and optimizer; full attention with every
+`steps`: the 28 M Llama shape, one window a step, compiled, forward, backward and optimizer; full attention with every
 kernel of PyTorch's scaled dot product attention that runs, the fastest counts. `mfu`: GPT-2 of 124 M at 1,024 tokens,
-compiled, Muon and AdamW, windows of random tokens.
+compiled, windows of random tokens, with Muon and AdamW and with AdamW alone. `public`: bench.py of a checkout of nanoGPT,
+the same model, tokens and optimizer (AdamW), in a process of its own.
 """
 
 import argparse
 import contextlib
+import hashlib
+import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -59,7 +64,7 @@ def main() -> None:
     device = torch.device(options.device)
     found: dict[str, Any] = {}
     for part in options.parts:
-        found[part] = {"steps": steps, "mfu": mfu}[part](options, device)
+        found[part] = {"steps": steps, "mfu": mfu, "public": public}[part](options, device)
         content = {
             "schema": {"name": "bsbr.benchmarks.training_speed", "version": 1},
             "protocol": {
@@ -109,28 +114,49 @@ def _speedups(rows: list[dict[str, Any]]) -> dict[str, float]:
 def _step_time(name: str, length: int, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     recipe = PretrainConfig(
         architecture=str(_SHAPE), attention=parse_attention(ATTENTIONS[name]), context=length, batch_tokens=length,
-        tokens=1 << 30, compile=False, match_parameters=True,
+        tokens=1 << 30, compile=options.compile, match_parameters=True,
     )  # fmt: skip
+    torch.compiler.reset()  # what was compiled for another kernel would be taken again
     trainer = _trainer(recipe, Fixed(1, length, 8192, device), 8192, device)
     return _times(trainer, length, options)
 
 
 def mfu(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Time steps of the dense GPT-2, and set them against the peak."""
+    return {"rows": [_mfu(optimizer, options, device) for optimizer in ("muon", "adamw")]}
+
+
+def _mfu(optimizer: str, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     windows, passes = options.windows, options.passes
     recipe = PretrainConfig(
-        architecture="gpt2", layers=12, heads=12, hidden=768, context=1024, vocab=50304,
-        batch_tokens=1024 * windows * passes, accumulation=passes, tokens=1 << 40,
+        architecture="gpt2", layers=12, heads=12, hidden=768, context=1024, vocab=50304, optimizer=optimizer,
+        batch_tokens=1024 * windows * passes, accumulation=passes, tokens=1 << 40, compile=options.compile,
     )  # fmt: skip
     trainer = _trainer(recipe, Fixed(windows * passes, 1024, 50304, device), 50304, device)
     begun = time.monotonic()
     found = _times(trainer, recipe.batch_tokens, options)
     flops, peak = training_flops_per_token(trainer.model, 1024, full_attention=True), peak_flops(device)
     found |= {
-        "parameters": sum(p.numel() for p in trainer.model.parameters()), "flops_per_token": flops, "peak": peak,
-        "windows_a_pass": windows, "passes_a_step": passes, "with_compilation_s": round(time.monotonic() - begun, 1),
+        "optimizer": optimizer, "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "flops_per_token": flops, "peak": peak, "windows_a_pass": windows, "passes_a_step": passes,
+        "with_compilation_s": round(time.monotonic() - begun, 1),
     }  # fmt: skip
     return found | ({} if peak is None else {"mfu": found["tokens_per_s"] * flops / peak})
+
+
+def public(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Time nanoGPT's own benchmark: mean of its 20 iterations, each of which it waits for; median of several runs."""
+    folder, command = Path(options.public), ["bench.py", "--real_data=False", f"--batch_size={options.windows}"]
+    seconds = []
+    for _ in range(options.public_runs):
+        done = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True, check=True)
+        seconds.append(float(re.findall(r"time per iteration: ([0-9.]+)ms", done.stdout)[-1]) / 1e3)
+    median = statistics.median(seconds)
+    return {
+        "program": "nanoGPT", "command": command, "time_per_iteration_s": median, "runs": seconds,
+        "tokens_per_s": 1024 * options.windows / median,
+        "sha256": {x: hashlib.sha256((folder / x).read_bytes()).hexdigest() for x in ("bench.py", "model.py")},
+    }  # fmt: skip
 
 
 def _trainer(recipe: PretrainConfig, batches: Fixed, vocab: int, device: torch.device) -> Trainer:
@@ -163,13 +189,16 @@ def _times(trainer: Trainer, tokens: int, options: argparse.Namespace) -> dict[s
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=["steps", "mfu"], default=["steps", "mfu"])
+    parser.add_argument("--parts", nargs="+", choices=["steps", "mfu", "public"], default=["steps", "mfu"])
     parser.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=["full", "bsbr"])
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768])
-    parser.add_argument("--windows", type=int, default=32, help="windows of a pass of the dense GPT-2")
-    parser.add_argument("--passes", type=int, default=8, help="passes of a step of the dense GPT-2")
+    parser.add_argument("--windows", type=int, default=32, help="windows of a pass of GPT-2")
+    parser.add_argument("--passes", type=int, default=1, help="passes of a step of GPT-2")
+    parser.add_argument("--public", metavar="DIR", help="a checkout of nanoGPT")
+    parser.add_argument("--public-runs", type=int, default=1)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2, help="steps of a repeat")
+    parser.add_argument("--steps", type=int, default=5, help="steps of a repeat")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", required=True)
