@@ -5,7 +5,7 @@ python -m benchmarks.training_speed --parts steps mfu public --public nanoGPT \
 
 `steps`: the 28 M Llama shape, one window a step, compiled, forward, backward and optimizer; full attention with every
 kernel of PyTorch's scaled dot product attention that runs, the fastest counts. `mfu`: GPT-2 of 124 M at 1,024 tokens,
-compiled, windows of random tokens, with Muon and AdamW and with AdamW alone. `public`: bench.py of a checkout of nanoGPT,
+compiled, on random tokens, with Muon and AdamW and with AdamW alone. `public`: bench.py of a checkout of nanoGPT,
 the same model, tokens and optimizer (AdamW), in a process of its own.
 """
 
