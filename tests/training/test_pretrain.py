@@ -10,49 +10,17 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 
 from bsbr.errors import UserError
 from bsbr.training.pretrain import PretrainConfig, run_pretrain
 from bsbr.training.trainer import Trainer
-
-TEXT = "".join(f"{i} bottles on the wall, {i} bottles; take one down, {i - 1} left.\n" for i in range(99, 0, -1))
-TINY: dict[str, Any] = {
-    "layers": 1,
-    "heads": 2,
-    "hidden": 16,
-    "context": 16,
-    "vocab": 270,
-    "batch_tokens": 64,
-    "tokens": 64 * 24,
-    "warmup_steps": 4,
-    "val_interval": 8,
-    "val_windows": 4,
-    "checkpoint_interval": 5,
-}
-
-
-@pytest.fixture
-def texts(tmp_path: Path) -> dict[str, Path]:
-    (tmp_path / "train.txt").write_text(TEXT)
-    (tmp_path / "val.txt").write_text(TEXT[1000:2500])
-    return {"text": tmp_path / "train.txt", "val": tmp_path / "val.txt"}
-
-
-def _run(texts: dict[str, Path], output: Path, *, resume: bool = False, **changes: Any) -> dict[str, Any]:
-    config = PretrainConfig(**{**TINY, **changes})
-    quiet = Console(file=io.StringIO())
-    return run_pretrain(config, **texts, output=output, resume=resume, device="cpu", console=quiet)
-
-
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
+from tests.training.runs import TINY, run, weights
 
 
 def test_the_loss_falls_and_the_folder_opens_as_any_other(texts: dict[str, Path], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    record = _run(texts, tmp_path / "out", tokens=64 * 150, lr=1e-2, muon_lr=1e-2)
+    record = run(texts, tmp_path / "out", tokens=64 * 150, lr=1e-2, muon_lr=1e-2)
     assert record["held_out"]["nll"] < record["history"][0]["held_out_nll"] - 1.0
     assert record == json.loads((tmp_path / "out" / "training.json").read_text())
     names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -66,10 +34,10 @@ def test_the_loss_falls_and_the_folder_opens_as_any_other(texts: dict[str, Path]
     assert model.float()(ids, labels=ids).loss.item() < 4.0
 
 
-def test_an_interrupted_run_resumes_to_the_same_weights(
+def test_an_interrupted_run_resumes_to_the_sameweights(
     texts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = _run(texts, tmp_path / "whole")
+    whole = run(texts, tmp_path / "whole")
     step = Trainer._one_step
 
     def interrupted(self: Trainer, starts: torch.Tensor) -> torch.Tensor:
@@ -80,12 +48,12 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_one_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            _run(texts, tmp_path / "parts")
+            run(texts, tmp_path / "parts")
     assert (tmp_path / "parts" / "checkpoints" / "step-00000013").is_dir()
     assert not (tmp_path / "parts" / "model.safetensors").exists()
-    record = _run(texts, tmp_path / "parts", resume=True)
-    expected = _weights(tmp_path / "whole")
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in _weights(tmp_path / "parts").items())
+    record = run(texts, tmp_path / "parts", resume=True)
+    expected = weights(tmp_path / "whole")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / "parts").items())
     for key in ("held_out", "history", "text", "tokens_seen"):
         assert record[key] == whole[key], key
 
@@ -93,7 +61,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
 def test_a_killed_run_resumes_from_the_last_whole_checkpoint(
     texts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _run(texts, tmp_path / "whole")
+    run(texts, tmp_path / "whole")
     step = Trainer._one_step
 
     def killed(self: Trainer, starts: torch.Tensor) -> torch.Tensor:
@@ -104,13 +72,13 @@ def test_a_killed_run_resumes_from_the_last_whole_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_one_step", killed)
         with pytest.raises(SystemExit):
-            _run(texts, tmp_path / "parts")
+            run(texts, tmp_path / "parts")
     newest = tmp_path / "parts" / "checkpoints" / "step-00000010" / "optimizer.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
     with pytest.warns(UserWarning, match=r"step-00000010.*optimizer\.safetensors"):
-        _run(texts, tmp_path / "parts", resume=True)
-    expected = _weights(tmp_path / "whole")
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in _weights(tmp_path / "parts").items())
+        run(texts, tmp_path / "parts", resume=True)
+    expected = weights(tmp_path / "whole")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / "parts").items())
 
 
 def test_resuming_another_recipe_or_a_finished_run_is_refused(
@@ -119,38 +87,38 @@ def test_resuming_another_recipe_or_a_finished_run_is_refused(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_evaluate", lambda self, loss: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
-            _run(texts, tmp_path / "out")
+            run(texts, tmp_path / "out")
     with pytest.raises(UserError, match=r"recipe lr is 0\.5, the checkpoint has 0\.005"):
-        _run(texts, tmp_path / "out", resume=True, lr=0.5)
+        run(texts, tmp_path / "out", resume=True, lr=0.5)
     with pytest.raises(UserError, match="unfinished run"):
-        _run(texts, tmp_path / "out")
-    _run(texts, tmp_path / "out", resume=True)
+        run(texts, tmp_path / "out")
+    run(texts, tmp_path / "out", resume=True)
     with pytest.raises(UserError, match="already holds a model"):
-        _run(texts, tmp_path / "out", resume=True)
+        run(texts, tmp_path / "out", resume=True)
 
 
 def test_a_time_budget_ends_the_run_and_its_decay(texts: dict[str, Path], tmp_path: Path) -> None:
-    record = _run(texts, tmp_path / "out", tokens=None, minutes=0.03)
+    record = run(texts, tmp_path / "out", tokens=None, minutes=0.03)
     assert record["steps"] > 1
     assert 1.0 < record["training_s"] < 5.0
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(
+def test_a_loss_that_is_not_finite_stops_therun(
     texts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Trainer, "_steps", lambda self, last: float("nan"))
     with pytest.raises(UserError, match="the loss is nan"):
-        _run(texts, tmp_path / "out")
+        run(texts, tmp_path / "out")
 
 
 def test_bfloat16_trains_too(texts: dict[str, Path], tmp_path: Path) -> None:
-    record = _run(texts, tmp_path / "out", precision="bfloat16")
+    record = run(texts, tmp_path / "out", precision="bfloat16")
     assert record["precision"] == "bfloat16"
     assert record["held_out"]["nll"] < record["history"][0]["held_out_nll"]
 
 
 def test_a_given_tokenizer_is_used(texts: dict[str, Path], tmp_path: Path) -> None:
-    first = _run(texts, tmp_path / "first", tokens=64)
+    first = run(texts, tmp_path / "first", tokens=64)
     quiet = Console(file=io.StringIO())
     config = PretrainConfig(**{**TINY, "tokens": 64, "vocab": 300})
     second = run_pretrain(
@@ -179,11 +147,11 @@ def test_an_impossible_recipe_says_what_was_wanted(changes: dict[str, Any], said
 
 def test_unusable_inputs_are_one_line_errors(texts: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="one window needs 4097"):
-        _run(texts, tmp_path / "a", context=4096, batch_tokens=4096)
+        run(texts, tmp_path / "a", context=4096, batch_tokens=4096)
     with pytest.raises(UserError, match="no such file"):
-        _run({**texts, "val": tmp_path / "none"}, tmp_path / "b")
+        run({**texts, "val": tmp_path / "none"}, tmp_path / "b")
     with pytest.raises(UserError, match="is a file"):
-        _run(texts, texts["text"])
+        run(texts, texts["text"])
     quiet = Console(file=io.StringIO())
     with pytest.raises(UserError, match="not known"):
         run_pretrain(PretrainConfig(**TINY), **texts, output=tmp_path / "c", device="abacus", console=quiet)

@@ -11,37 +11,15 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 
 from bsbr.data.tasks import TaskConfig
 from bsbr.errors import UserError
 from bsbr.training.batches import Stages, TaskBatches
 from bsbr.training.build import build_model, parse_attention
 from bsbr.training.pretrain import PretrainConfig, run_pretrain
+from tests.training.runs import TEXT, TINY, run, weights
 
-TEXT = "".join(f"{i} bottles on the wall, {i} bottles; take one down, {i - 1} left.\n" for i in range(99, 0, -1))
 SPARSE = "bsbr:block_size=4,top_k=1"
-TINY: dict[str, Any] = {
-    "layers": 1, "heads": 2, "hidden": 16, "context": 16, "vocab": 270, "batch_tokens": 64, "tokens": 64 * 12,
-    "warmup_steps": 4, "val_interval": 6, "val_windows": 4, "checkpoint_interval": 5,
-}  # fmt: skip
-
-
-@pytest.fixture
-def texts(tmp_path: Path) -> dict[str, Path]:
-    (tmp_path / "train.txt").write_text(TEXT)
-    (tmp_path / "val.txt").write_text(TEXT[1000:2500])
-    return {"text": tmp_path / "train.txt", "val": tmp_path / "val.txt"}
-
-
-def _run(texts: dict[str, Path], output: Path, *, resume: bool = False, **changes: Any) -> dict[str, Any]:
-    config = PretrainConfig(**{**TINY, **changes})
-    quiet = Console(file=io.StringIO())
-    return run_pretrain(config, **texts, output=output, resume=resume, device="cpu", console=quiet)
-
-
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "opt", "gpt_neox"])
@@ -50,7 +28,7 @@ def test_any_architecture_trains_sparse_and_opens_again(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    record = _run(texts, tmp_path / "out", architecture=architecture, attention=parse_attention(SPARSE))
+    record = run(texts, tmp_path / "out", architecture=architecture, attention=parse_attention(SPARSE))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert model.config.model_type == f"bsbr-{architecture}"
     assert model.config.bsbr["top_k"] == 1
@@ -65,7 +43,7 @@ def test_a_resumed_run_of_any_attention_has_the_weights_of_a_whole_one(
     from bsbr.training.trainer import Trainer
 
     options = {"architecture": "llama", "kv_heads": 1, "attention": parse_attention(attention)}
-    whole = _run(texts, tmp_path / "whole", **options)
+    whole = run(texts, tmp_path / "whole", **options)
     step = Trainer._one_step
 
     def killed(self: Trainer, batch: Any) -> torch.Tensor:
@@ -76,10 +54,10 @@ def test_a_resumed_run_of_any_attention_has_the_weights_of_a_whole_one(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_one_step", killed)
         with pytest.raises(SystemExit):
-            _run(texts, tmp_path / "parts", **options)
-    record = _run(texts, tmp_path / "parts", resume=True, **options)
-    expected = _weights(tmp_path / "whole")
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in _weights(tmp_path / "parts").items())
+            run(texts, tmp_path / "parts", **options)
+    record = run(texts, tmp_path / "parts", resume=True, **options)
+    expected = weights(tmp_path / "whole")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / "parts").items())
     assert record["history"] == whole["history"]
 
 
@@ -88,7 +66,7 @@ def test_a_kill_between_model_and_record_is_gone_on_with(
 ) -> None:
     from bsbr.training import pretrain
 
-    _run(texts, tmp_path / "whole")
+    run(texts, tmp_path / "whole")
 
     def killed(path: Any, content: Any) -> None:
         raise SystemExit
@@ -96,9 +74,9 @@ def test_a_kill_between_model_and_record_is_gone_on_with(
     with monkeypatch.context() as patch:
         patch.setattr(pretrain, "write_json", killed)
         with pytest.raises(SystemExit):
-            _run(texts, tmp_path / "parts")
+            run(texts, tmp_path / "parts")
     assert (tmp_path / "parts" / "model.safetensors").exists()
-    _run(texts, tmp_path / "parts", resume=True)
+    run(texts, tmp_path / "parts", resume=True)
     expected = (tmp_path / "whole" / "model.safetensors").read_bytes()
     assert (tmp_path / "parts" / "model.safetensors").read_bytes() == expected
     assert not (tmp_path / "parts" / "checkpoints").exists()
@@ -106,36 +84,36 @@ def test_a_kill_between_model_and_record_is_gone_on_with(
 
 def test_killed_at_random_moments(texts: dict[str, Path], tmp_path: Path) -> None:
     """The long version is benchmarks/kill_resume.py."""
-    _run(texts, tmp_path / "whole", checkpoint_interval=1)
+    run(texts, tmp_path / "whole", checkpoint_interval=1)
     expected = (tmp_path / "whole" / "model.safetensors").read_bytes()
     folder, script = tmp_path / "parts", tmp_path / "kill.py"
     script.write_text(  # forks once it has imported everything, so that each child begins at once
         "import os, sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import torch\n"
         "torch.set_num_threads(1)\n"
-        "from test_trainer import _run\n"
+        "from tests.training.runs import run\n"
         "texts = {'text': Path(sys.argv[2]), 'val': Path(sys.argv[3])}\n"
         "for delay in sys.argv[5:]:\n"
         "    child = os.fork()\n"
         "    if not child:\n"
-        "        _run(texts, Path(sys.argv[4]), resume=True, checkpoint_interval=1)\n"
+        "        run(texts, Path(sys.argv[4]), resume=True, checkpoint_interval=1)\n"
         "        os._exit(0)\n"
         "    time.sleep(float(delay))\n"
         "    os.kill(child, 9)\n"
         "    os.waitpid(child, 0)\n"
     )
-    arguments = [Path(__file__).parent, texts["text"], texts["val"], folder, 0.1, 0.35, 0.8]
+    arguments = [Path(__file__).parents[2], texts["text"], texts["val"], folder, 0.1, 0.35, 0.8]
     subprocess.run([sys.executable, *map(str, (script, *arguments))], check=True, capture_output=True, timeout=120)
     if not (folder / "training.json").exists():
-        _run(texts, folder, resume=True, checkpoint_interval=1)
+        run(texts, folder, resume=True, checkpoint_interval=1)
     assert (folder / "model.safetensors").read_bytes() == expected
 
 
 def test_passes_change_nothing_but_rounding(texts: dict[str, Path], tmp_path: Path) -> None:
     one, four = (tmp_path / name for name in ("one", "four"))
     for folder, passes in ((one, 1), (four, 4)):
-        _run(texts, folder, accumulation=passes, optimizer="adamw", tokens=64 * 4)
-    expected = _weights(one)
-    for name, tensor in _weights(four).items():
+        run(texts, folder, accumulation=passes, optimizer="adamw", tokens=64 * 4)
+    expected = weights(one)
+    for name, tensor in weights(four).items():
         torch.testing.assert_close(tensor.float(), expected[name].float(), rtol=1e-2, atol=1e-4, msg=name)
     with pytest.raises(ValueError, match="accumulation = 3: must be a divisor of the 4 windows"):
         PretrainConfig(**{**TINY, "accumulation": 3})
@@ -149,7 +127,7 @@ def test_documents_are_kept_apart_unless_joined(tmp_path: Path) -> None:
     nll = {}
     for documents in ("separate", "joined"):
         options = {"architecture": "llama", "attention": parse_attention(SPARSE), "documents": documents}
-        nll[documents] = _run(texts, tmp_path / documents, **options)["held_out"]["nll"]
+        nll[documents] = run(texts, tmp_path / documents, **options)["held_out"]["nll"]
     assert nll["separate"] != nll["joined"]
 
 
@@ -227,7 +205,7 @@ def test_attentions_that_are_none_say_so() -> None:
 def test_sources_that_do_not_fit_are_refused(texts: dict[str, Path], tmp_path: Path) -> None:
     task = TaskConfig(task="induction", length=16, vocab=32).to_dict()
     with pytest.raises(UserError, match="leave text, val, tokenizer and samples out"):
-        _run(texts, tmp_path / "a", task=task)
+        run(texts, tmp_path / "a", task=task)
     with pytest.raises(UserError, match="give text and val, or a task"):
         run_pretrain(PretrainConfig(**TINY), output=tmp_path / "b", device="cpu")
 
@@ -237,21 +215,22 @@ def test_two_processes_train_the_weights_of_one(texts: dict[str, Path], tmp_path
     options = f"architecture='llama', kv_heads=1, attention=parse_attention({SPARSE!r}), optimizer='adamw'"
     script = tmp_path / "train.py"
     script.write_text(
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import torch; torch.set_num_threads(1)\n"
-        "from pathlib import Path\nfrom test_trainer import _run, parse_attention\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r}); import torch; torch.set_num_threads(1)\n"
+        "from pathlib import Path\nfrom bsbr.training.build import parse_attention\n"
+        "from tests.training.runs import run\n"
         f"texts = {{'text': Path({str(texts['text'])!r}), 'val': Path({str(texts['val'])!r})}}\n"
-        f"_run(texts, Path({str(tmp_path / 'two')!r}), {options})\n"
+        f"run(texts, Path({str(tmp_path / 'two')!r}), {options})\n"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(launch, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    one = _run(texts, tmp_path / "one", architecture="llama", kv_heads=1, attention=parse_attention(SPARSE),
+    one = run(texts, tmp_path / "one", architecture="llama", kv_heads=1, attention=parse_attention(SPARSE),
                optimizer="adamw")  # fmt: skip
     record = json.loads((tmp_path / "two" / "training.json").read_text())
     assert record["processes"] == 2
-    expected = _weights(tmp_path / "one")
-    for name, tensor in _weights(tmp_path / "two").items():
+    expected = weights(tmp_path / "one")
+    for name, tensor in weights(tmp_path / "two").items():
         torch.testing.assert_close(tensor.float(), expected[name].float(), rtol=1e-2, atol=1e-4, msg=name)
     assert record["held_out"]["nll"] == pytest.approx(one["held_out"]["nll"], rel=1e-4)
     for ours, theirs in zip(record["history"], one["history"], strict=True):
