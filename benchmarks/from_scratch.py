@@ -22,7 +22,7 @@ import torch
 from benchmarks.spread import spread
 from benchmarks.training_rows import add_parts, conditions, read_rows, write_row
 from bsbr.data.text import read_text, split_documents, text_digest
-from bsbr.data.tokenizer import encode_documents, load_tokenizer, token_byte_lengths
+from bsbr.data.tokenizer import ENDOFTEXT_ID, encode_documents, load_tokenizer, token_byte_lengths
 from bsbr.files import write_json
 from bsbr.training.batches import TextBatches
 from bsbr.training.build import build_model, parse_attention
@@ -50,6 +50,8 @@ RECIPE: dict[str, Any] = {
     "match_parameters": True,
 }  # fmt: skip
 _SHAPE = Path(__file__).parent / "configs" / "llama_28m.json"
+_TOGETHER = 32
+"""Documents encoded at once, so that all cores have work."""
 _LAST = 1024
 """Positions at the end of a window whose loss is stated apart."""
 
@@ -69,13 +71,16 @@ def prepare(options: argparse.Namespace) -> None:
         text = read_text(path)
         documents = split_documents(text)
         parts: list[np.ndarray] = []
-        for i in np.random.default_rng(0).permutation(len(documents)):
-            if sum(len(part) for part in parts) <= count:
-                parts.append(encode_documents(tokenizer, [documents[i]]))
+        order = np.random.default_rng(0).permutation(len(documents))
+        for first in range(0, len(order), _TOGETHER):
+            if sum(map(len, parts)) <= count:
+                chosen = [documents[i] for i in order[first : first + _TOGETHER]]
+                parts.append(encode_documents(tokenizer, chosen))
         ids = np.concatenate(parts)[: count + 1]
         np.save(folder / f"{role}.npy", ids)
         record[role] = {
-            "name": Path(path).name, "sha256": text_digest(text), "documents": len(parts), "tokens": len(ids),
+            "name": Path(path).name, "sha256": text_digest(text), "documents": int((ids == ENDOFTEXT_ID).sum()),
+            "tokens": len(ids),
         }  # fmt: skip
     write_json(folder / "text.json", record)
 
