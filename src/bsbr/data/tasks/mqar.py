@@ -3,7 +3,7 @@
 import numpy as np
 
 from bsbr.data.tasks.config import Examples, TaskConfig
-from bsbr.data.tasks.placing import distinct_keys, haystack, random_values, scatter
+from bsbr.data.tasks.placing import distinct, haystack, random_values, scatter_rows
 
 KNOBS = {"pairs": 8}
 
@@ -37,12 +37,13 @@ def generate(config: TaskConfig, n: int, rng: np.random.Generator) -> Examples:
     """
     pairs, tokens = config.knob("pairs"), haystack(config, n, rng)
     answer, distance = (np.zeros((n, config.length), dtype=np.int64) for _ in range(2))
-    for row in range(n):
-        keys, values = distinct_keys(config, pairs, rng), random_values(config, pairs, rng)
-        tokens[row, 0 : 2 * pairs : 2], tokens[row, 1 : 2 * pairs : 2] = keys, values
-        order = rng.permutation(pairs)
-        asked = scatter(rng, 2 * pairs, config.length + 1, 2, pairs)
-        tokens[row, asked], tokens[row, asked + 1] = keys[order], values[order]
-        answer[row, asked] = np.arange(1, pairs + 1)
-        distance[row, asked] = asked + 1 - (2 * order + 1)
+    row = np.arange(n)[:, None]
+    keys = config.keys + distinct(rng, n, config.words, pairs)
+    values = random_values(config, n * pairs, rng).reshape(n, pairs)
+    tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
+    order = rng.permuted(np.broadcast_to(np.arange(pairs), (n, pairs)), axis=1)
+    asked = scatter_rows(rng, n, 2 * pairs, config.length + 1, 2, pairs)
+    tokens[row, asked], tokens[row, asked + 1] = keys[row, order], values[row, order]
+    answer[row, asked] = np.arange(1, pairs + 1)
+    distance[row, asked] = asked + 1 - (2 * order + 1)
     return Examples(tokens, answer, distance)

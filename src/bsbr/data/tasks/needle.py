@@ -3,7 +3,7 @@
 import numpy as np
 
 from bsbr.data.tasks.config import ASK, OPEN, Examples, TaskConfig
-from bsbr.data.tasks.placing import distinct_keys, haystack, no_place, random_values, scatter, scatter_around, starts
+from bsbr.data.tasks.placing import distinct, haystack, no_place, random_values, scatter_around, scatter_rows, starts
 
 SINGLE = {"digits": 1}
 MULTIKEY = {"pairs": 8, "digits": 1}
@@ -51,20 +51,21 @@ def generate(config: TaskConfig, n: int, rng: np.random.Generator) -> Examples:
     needles, queries, size = _numbers(config)
     room, digits, tokens = config.length + 1 - queries * size, size - 2, haystack(config, n, rng)
     answer, distance = (np.zeros((n, config.length), dtype=np.int64) for _ in range(2))
-    places = _starts(config)
-    for row in range(n):
-        if queries == 1:
-            begin = scatter_around(rng, room, size, int(rng.choice(places)), needles - 1)
-        else:
-            begin = rng.permutation(scatter(rng, 0, room, size, needles))
-        keys, values = distinct_keys(config, needles, rng), random_values(config, needles * digits, rng)
-        text = np.column_stack([np.full(needles, OPEN), keys, values.reshape(needles, digits)])
-        tokens[row, begin[:, None] + np.arange(size)] = text
-        asked = text[:queries].copy()
-        asked[:, 0] = ASK
-        tokens[row, room:] = asked.ravel()
-        for i in range(queries):
-            first = room + i * size + 1  # the key, after which the value is predicted
-            answer[row, first : first + digits] = i + 1
-            distance[row, first] = first + 1 - (begin[i] + 2)
+    if queries == 1:
+        places = rng.choice(_starts(config), size=n)
+        begin = np.stack([scatter_around(rng, room, size, int(place), needles - 1) for place in places])
+    else:
+        begin = rng.permuted(scatter_rows(rng, n, 0, room, size, needles), axis=1)
+    text = np.empty((n, needles, size), dtype=np.int64)
+    text[..., 0], text[..., 1] = OPEN, config.keys + distinct(rng, n, config.words, needles)
+    text[..., 2:] = random_values(config, n * needles * digits, rng).reshape(n, needles, digits)
+    row = np.arange(n)[:, None, None]
+    tokens[row, begin[..., None] + np.arange(size)] = text
+    asked = text[:, :queries].copy()
+    asked[..., 0] = ASK
+    tokens[:, room:] = asked.reshape(n, -1)
+    for i in range(queries):
+        first = room + i * size + 1  # the key, after which the value is predicted
+        answer[:, first : first + digits] = i + 1
+        distance[:, first] = first + 1 - (begin[:, i] + 2)
     return Examples(tokens, answer, distance)

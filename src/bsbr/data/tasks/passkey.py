@@ -37,9 +37,10 @@ def generate(config: TaskConfig, n: int, rng: np.random.Generator) -> Examples:
     answer, distance = (np.zeros((n, config.length), dtype=np.int64) for _ in range(2))
     asked = config.length - digits
     answer[:, asked:] = 1
-    for row in range(n):
-        start, values = int(rng.choice(places)), random_values(config, digits, rng)
-        tokens[row, start], tokens[row, start + 1 : start + 1 + digits] = OPEN, values
-        tokens[row, asked], tokens[row, asked + 1 :] = ASK, values
-        distance[row, asked] = asked - start
+    row = np.arange(n)[:, None]
+    start = rng.choice(places, size=(n, 1))
+    values = random_values(config, n * digits, rng).reshape(n, digits)
+    tokens[row, start], tokens[row, start + 1 + np.arange(digits)] = OPEN, values
+    tokens[:, asked], tokens[:, asked + 1 :] = ASK, values
+    distance[:, asked] = asked - start[:, 0]
     return Examples(tokens, answer, distance)

@@ -29,6 +29,51 @@ def starts(config: TaskConfig, *, item: int, tail: int, lead: int, tail_lead: in
     return found[fits]
 
 
+def distinct(rng: np.random.Generator, rows: int, of: int, count: int) -> np.ndarray:
+    """Draw different numbers for each of many rows, in random order, each draw as likely as another.
+
+    Args:
+        rng: source of the draw.
+        rows: how many draws.
+        of: numbers to draw from, 0 to of - 1.
+        count: numbers of a draw; at most `of`.
+    Returns:
+        [rows, count].
+
+    Example:
+        >>> sorted(distinct(np.random.default_rng(0), 1, 4, 4)[0].tolist())
+        [0, 1, 2, 3]
+    """
+    rank = rng.random((rows, of))
+    if count < of:  # the least ranks, as a full sort would have them but faster
+        least = rank.argpartition(max(count - 1, 0), axis=1)[:, :count]
+    else:
+        least = np.broadcast_to(np.arange(of), (rows, of))
+    order = np.take_along_axis(rank, least, 1).argsort(1)
+    return np.take_along_axis(least, order, 1)
+
+
+def scatter_rows(rng: np.random.Generator, rows: int, first: int, last: int, item: int, count: int) -> np.ndarray:
+    """Draw places as `scatter` does, for each of many rows.
+
+    Args:
+        rng: source of the draw.
+        rows: how many draws.
+        first, last: the items lie in positions first to last - 1.
+        item: tokens of an item.
+        count: items of a row; they must fit.
+    Returns:
+        Where each begins, ascending in a row, [rows, count].
+
+    Example:
+        >>> scatter_rows(np.random.default_rng(0), 2, 0, 6, 3, 2)
+        array([[0, 3],
+               [0, 3]])
+    """
+    cells = np.sort(distinct(rng, rows, last - first - item * count + count, count), axis=1)
+    return first + cells + np.arange(count) * (item - 1)
+
+
 def scatter(rng: np.random.Generator, first: int, last: int, item: int, count: int) -> np.ndarray:
     """Draw places for items that do not overlap, each arrangement as likely as another.
 
