@@ -49,23 +49,23 @@ _RECIPE: dict[str, Any] = {
     "val_windows": 32, "checkpoint_interval": 1 << 30, "match_parameters": True,
 }  # fmt: skip
 
-_SHORT_FIRST = [[64, 0.3], [256, 0.2], [1024, 0.2]]
+_SHORT_FIRST = [[64, 0.5], [256, 0.15], [1024, 0.15]]
 """A model finds what to look for in short texts, and keeps it in long ones."""
 
 RUNS: dict[str, dict[str, Any]] = {
     "mqar": {
         "task": {"task": "mqar", "pairs": 256, "vocab": 1024},
-        "recipe": {"context": 4096, "curriculum": [[128, 0.35], [512, 0.2], [1024, 0.15]], "tokens": 800 << 15},
+        "recipe": {"context": 4096, "curriculum": _SHORT_FIRST, "tokens": 2000 << 15},
         "tests": [{"length": n, "pairs": min(256, n // 8)} for n in (512, 1024, 2048, 4096, 8192)],
     },
     "passkey": {
         "task": {"task": "passkey", "vocab": 1024},
-        "recipe": {"context": 4096, "curriculum": _SHORT_FIRST, "tokens": 800 << 15},
+        "recipe": {"context": 4096, "curriculum": _SHORT_FIRST, "tokens": 1000 << 15},
         "tests": [{"length": n} for n in (1024, 4096, 8192, 16384, 32768)],
     },
     "needle_multikey": {
         "task": {"task": "needle_multikey", "pairs": 8, "vocab": 1024},
-        "recipe": {"context": 4096, "curriculum": _SHORT_FIRST, "tokens": 800 << 15},
+        "recipe": {"context": 4096, "curriculum": _SHORT_FIRST, "tokens": 2000 << 15},
         "tests": [{"length": n} for n in (1024, 4096, 8192, 16384, 32768)],
     },
     # small enough for a processor: the same ratios of text, blocks and blocks read, a sixteenth of the length
