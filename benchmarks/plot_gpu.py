@@ -1,4 +1,4 @@
-"""Draw time and speed-up of the attention on a GPU from the committed result files.
+"""Draw time and speed-up of the attention on a GPU, and its stages beside their floors, from the committed result files.
 
 python -m benchmarks.plot_gpu
 """
@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
 FILES = ("attention_gpu_long.json", "attention_gpu_million.json", "attention_gpu.json")
+STAGES = "stages_gpu.json"
 NAMES = {"bsbr": "BSBR", "sdpa-cudnn": "cuDNN", "sdpa-flash": "FlashAttention-2"}
 
 
@@ -42,6 +43,32 @@ def main() -> None:
             axis.legend()
     figure.tight_layout()
     figure.savefig(options.output, metadata={"Date": None})
+    if (options.results / STAGES).exists():
+        draw_stages(load(options.results, STAGES), options.output.with_name("stages_gpu.svg"))
+
+
+def draw_stages(document: dict[str, Any], output: Path) -> None:
+    """Time of each stage of the longest text, beside the least its bytes and operations could take."""
+    rows, ceilings = document["rows"], document["ceilings"]
+    longest = max(row["length"] for row in rows)
+    names = [name for name in ("forward", "forward+backward") if any(row["pass"] == name for row in rows)]
+    figure, axes = plt.subplots(1, len(names), figsize=(6.5 * len(names), 5), squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        own = [row for row in rows if row["length"] == longest and row["pass"] == name and row["stage"] != "the rest"]
+        own.sort(key=lambda row: row["time_ms"])
+        places = range(len(own))
+        axis.barh(places, [row["time_ms"] for row in own], color="lightsteelblue", label="measured")
+        axis.barh(places, [row["floor_ms"] for row in own], height=0.4, color="darkslateblue", label="least")
+        for place, row in zip(places, own, strict=True):
+            moving = row["gigabytes"] * 1e9 / ceilings["bytes_per_second"]
+            bound = "memory" if moving > row["teraflop"] * 1e12 / ceilings["operations_per_second"] else "products"
+            axis.text(row["time_ms"], place, f"  {row['reached']:.0%} of {bound}", va="center", fontsize=8)
+        axis.set_yticks(places, [row["stage"] for row in own])
+        axis.set(title=f"{name}, {longest:,} tokens", xlabel="milliseconds")
+        axis.set_xlim(0, 1.25 * own[-1]["time_ms"])
+        axis.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(output, metadata={"Date": None})
 
 
 def load(folder: Path, file: str) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from bsbr.ops.chunked import chunked_attention
 from bsbr.ops.native.forward import why_not_native
 from bsbr.ops.reference import reference_attention
 from bsbr.ops.routing import recent_blocks
+from bsbr.ops.schedule import dense_until
 from bsbr.ops.shares import Share, join_shares, shares_of, take_share
 from bsbr.ops.sinks import add_sinks
-from bsbr.ops.summaries import UNCALIBRATED
+from bsbr.ops.summaries import uncalibrated
 from bsbr.ops.tiles import Dropout
 from bsbr.ops.triton.problem import why_not_triton
 
@@ -160,15 +161,16 @@ def bsbr_attention(
         padded = torch.arange(k.shape[1], device=k.device) >= lengths[:, None]
         k, v = (x.masked_fill(padded[:, :, None, None], 0) for x in (k, v))
         q = q.masked_fill(padded[:, q_start:, None, None], 0)
-    if calibration is None:
-        # filled on the device: a copy from the host would not fit into a CUDA graph
-        calibration = torch.stack([q.new_full((), x, dtype=wide) for x in UNCALIBRATED]).expand(q.shape[2], 5)
-    calibration = calibration.to(wide)
+    if name == "triton":
+        from bsbr.ops.triton.operator import dense_attention, triton_attention  # imported only where it is used
+
+        whole = q_start == 0 and q.shape[1] <= dense_until(config) and (calibration is None or not learns)
+        if whole and lengths is None and not return_lse and (o := dense_attention(q, k, v, scale)) is not None:
+            return o
+    calibration = uncalibrated(q.shape[2], wide, q.device) if calibration is None else calibration.to(wide)
     if config.selection == "recent" and block_indices is None and config.top_k:
         block_indices = recent_blocks(q, config, q_start)  # compiled code chooses by mass alone
     if name == "triton":
-        from bsbr.ops.triton.operator import triton_attention  # triton is imported only where it is used
-
         o, lse = triton_attention(
             q, k, v, config, scale=scale, q_start=q_start, calibration=calibration, block_indices=block_indices
         )

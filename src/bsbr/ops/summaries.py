@@ -13,6 +13,26 @@ UNCALIBRATED = (0.0, 1.0, 1.0, 1.0, 1.0)
 """Their values before calibration: the plain second-order expansion."""
 
 
+def uncalibrated(heads: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Make the scalars of uncalibrated heads on their device: a copy from the host would not fit into a CUDA graph.
+
+    Args:
+        heads: query heads.
+        dtype, device: of the tensor.
+    Returns:
+        [heads, 5] contiguous.
+
+    Example:
+        >>> uncalibrated(1, torch.float32, torch.device("cpu")).tolist()
+        [[0.0, 1.0, 1.0, 1.0, 1.0]]
+    """
+    scalars = torch.ones(heads, len(UNCALIBRATED), dtype=dtype, device=device)
+    for place, value in enumerate(UNCALIBRATED):
+        if value != 1:
+            scalars[:, place] = value
+    return scalars
+
+
 _ELEMENTS = 1 << 17
 """Elements of keys summarised at once: they should stay in a CPU core's cache."""
 

@@ -24,8 +24,8 @@ _PIECE_BYTES, _MOST_KEYS, _PIECES, _STAGES = 1 << 14, 64, 8, 3
 """Largest piece of keys that is loaded at once, pieces that one program reads one after the other, and how many of
 them are on their way at once, with the one that is used."""
 
-_TILE, _FAR_PARTS = 32, 16
-"""Summaries read at once, and the most parts the far field is cut into."""
+_TILE, _SPAN, _FAR_PARTS = 32, 1, 16
+"""Summaries read at once, tiles of them that one program scores, and the most parts the far field is cut into."""
 
 
 class Held(NamedTuple):
@@ -94,10 +94,10 @@ def triton_decode(
     }  # fmt: skip
     blocks = {"B": config.block_size, "UNIT": config.unit, "TOP_K": config.top_k}
     base = math.log2(math.e)
-    _choose[(zs, columns + triton.cdiv(room, _TILE))](
+    _choose[(zs, columns + triton.cdiv(room, _TILE * _SPAN))](
         q, k, v, held.own_k, held.own_v, held.meta, states, calibration, rows, lengths, counters, mass,
         peaks, chosen, bounds, read, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], heads, room, mass_lines,
-        scale * base, scale * scale / 2 * base, scale, BN=_TILE, CP=column_tile,
+        scale * base, scale * scale / 2 * base, scale, BN=_TILE, SPAN=_SPAN, CP=column_tile,
         KP=triton.next_power_of_2(max(1, config.top_k)), TP=tiles, MOMENTS=config.far == "moments",
         STATE=config.state != "none", **blocks, **shared, num_warps=8,
     )  # fmt: skip

@@ -85,8 +85,8 @@ def _choose(
     q, k, v, own_k, own_v, meta, states, calibration, rows, lengths, counters, mass, peaks, chosen, bounds, read,
     qb, qt, qh, kb, kt, kh, vb, vt, vh, heads, room, mass_lines, mean_scale, var_scale, scale,
     S: tl.constexpr, G: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, TOP_K: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr, BN: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, TP: tl.constexpr, MOMENTS: tl.constexpr,
-    STATE: tl.constexpr, EVERY: tl.constexpr,
+    DP: tl.constexpr, BN: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, TP: tl.constexpr, SPAN: tl.constexpr,
+    MOMENTS: tl.constexpr, STATE: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
     z, task = tl.program_id(0), tl.program_id(1)
     row, at = _whose(z, heads, rows, EVERY)
@@ -119,26 +119,34 @@ def _choose(
                 acc += tl.sum(part_q[:, None] * state, 0)
             acc *= scale * tl.load(calibration + (head * G + task % G) * 5 + 4) / num
             tl.store(read + (z.to(tl.int64) * C + task) * D + d, acc, mask=inside)
-    elif (task - C) * BN < num:
-        n = (task - C) * BN + tl.arange(0, BN)
-        held = (n < num)[:, None] & inside[None, :]
-        from_meta = meta + (at * room + n)[:, None] * WIDE + d[None, :]
-        mean = tl.load(from_meta, mask=held, other=0.0)
-        if MOMENTS:
-            var = tl.load(from_meta + D, mask=held, other=0.0)
+    elif (task - C) * (SPAN * BN) < num:
+        # all queries before the first store, which no load could pass
+        by_mean, by_var, shift = (), (), ()
         for c in tl.static_range(C):
             scalars = calibration + (head * G + c % G) * 5
             query = tl.load(head_q + c // G * qt + c % G * qh + d, mask=inside, other=0.0).to(tl.float32)
-            terms = mean * (query * (mean_scale * tl.load(scalars + 1)))[None, :]
+            by_mean += (query * (mean_scale * tl.load(scalars + 1)),)
+            by_var += (query * query * (var_scale * tl.load(scalars + 2)),)
+            shift += (tl.load(scalars) * 1.4426950408889634 + tl.log2(UNIT * 1.0),)
+        first = (task - C) * SPAN
+        for tile in tl.range(first, tl.minimum(first + SPAN, tl.cdiv(num, BN)), num_stages=2 if SPAN > 1 else 1):
+            n = tile * BN + tl.arange(0, BN)
+            held = (n < num)[:, None] & inside[None, :]
+            from_meta = meta + (at * room + n)[:, None] * WIDE + d[None, :]
+            mean = tl.load(from_meta, mask=held, other=0.0)
             if MOMENTS:
-                terms += var * (query * query * (var_scale * tl.load(scalars + 2)))[None, :]
-            score = tl.sum(terms, 1) + (tl.load(scalars) * 1.4426950408889634 + tl.log2(UNIT * 1.0))
-            tl.store(mass + (z.to(tl.int64) * C + c) * mass_room + n, score, mask=n < num)
-            peak = tl.max(tl.where(n < num, score, float("-inf")), 0)
-            tl.store(peaks + (z.to(tl.int64) * C + c) * TP + task - C, peak)
+                var = tl.load(from_meta + D, mask=held, other=0.0)
+            for c in tl.static_range(C):
+                terms = mean * by_mean[c][None, :]
+                if MOMENTS:
+                    terms += var * by_var[c][None, :]
+                score = tl.sum(terms, 1) + shift[c]
+                tl.store(mass + (z.to(tl.int64) * C + c) * mass_room + n, score, mask=n < num)
+                peak = tl.max(tl.where(n < num, score, float("-inf")), 0)
+                tl.store(peaks + (z.to(tl.int64) * C + c) * TP + tile, peak)
         # the program that is last of its key head has all masses before it: nobody else has read these lines
         tl.debug_barrier()
-        if tl.atomic_add(counters + z, 1) == tl.cdiv(num, BN) - 1:
+        if tl.atomic_add(counters + z, 1) == tl.cdiv(num, SPAN * BN) - 1:
             tl.store(counters + z, 0)
             _select(mass, peaks, chosen, bounds, z, num, mass_room, TOP_K, KP, C, CP, BN, TP)
 

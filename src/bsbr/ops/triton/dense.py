@@ -2,8 +2,24 @@
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from bsbr.ops.tiles import attend, attend_backward
+
+
+def attend_all(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention of a whole text, differentiable: one call of PyTorch's, and nothing before or after it.
+
+    Args:
+        q: [B, T, HQ, D]; k, v: [B, T, H, D], 16-bit and on a GPU.
+        scale: factor on q.k.
+    Returns:
+        o [B, T, HQ, D] in the dtype of q.
+    """
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if _on_hopper(q) else SDPBackend.FLASH_ATTENTION):
+        o = scaled_dot_product_attention(*_heads_first(q, k, v), is_causal=True, scale=scale, enable_gqa=True)
+    return o.transpose(1, 2)
 
 
 def attend_prefix(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -13,7 +29,7 @@ def attend_prefix(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
             *_heads_first(q, k, v), None, True, 0.0, True, scale=scale
         )[:2]  # fmt: skip
         return o.transpose(1, 2), lse.view(q.shape[0], q.shape[2], -1).transpose(1, 2)
-    if _has_flash(q):
+    if has_flash(q):
         o, lse = torch.ops.aten._scaled_dot_product_flash_attention(
             *_heads_first(q, k, v), 0.0, True, scale=scale
         )[:2]  # fmt: skip
@@ -34,7 +50,7 @@ def prefix_backward(
             scale=scale,
         )  # fmt: skip
         return tuple(x.transpose(1, 2) for x in gradients)  # type: ignore[return-value]
-    if _has_flash(q):
+    if has_flash(q):
         length, unused = q.shape[1], torch.zeros(2, dtype=torch.uint64, device=q.device)
         own_lse = lse.transpose(1, 2).contiguous()
         gradients = torch.ops.aten._scaled_dot_product_flash_attention_backward(
@@ -48,12 +64,13 @@ def prefix_backward(
     return _back(dq, q), *(x.unflatten(0, (k.shape[0], -1)).transpose(1, 2) for x in (dk, dv))
 
 
-def _has_flash(q: Tensor) -> bool:
+def has_flash(q: Tensor) -> bool:
+    """Whether PyTorch has a fused kernel for such queries on their device."""
     return q.is_cuda and q.element_size() == 2
 
 
 def _on_hopper(q: Tensor) -> bool:
-    return _has_flash(q) and q.shape[3] <= 128 and torch.cuda.get_device_capability(q.device)[0] == 9
+    return has_flash(q) and q.shape[3] <= 128 and torch.cuda.get_device_capability(q.device)[0] == 9
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bsbr.config import BSBRConfig, Far, Selection, State
 from bsbr.ops.triton.backward import backward
+from bsbr.ops.triton.dense import attend_all, has_flash
 from bsbr.ops.triton.forward import forward
 from bsbr.ops.triton.problem import Problem, make_problem
 
@@ -39,6 +40,18 @@ def triton_attention(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     o, lse, _ = _attention(q, k, v, calibration.contiguous(), block_indices, encode(config), scale, q_start)
     return o, lse.detach()
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | None:
+    """Compute the attention of a text whose every query reads its whole past, by one call of PyTorch's.
+
+    Args:
+        q: [B, T, HQ, D]; k, v: [B, T, H, D].
+        scale: factor on q.k.
+    Returns:
+        o [B, T, HQ, D] in the dtype of q; None where PyTorch has no fused kernel for such tensors.
+    """
+    return attend_all(q, k, v, scale) if has_flash(q) else None
 
 
 def encode(config: BSBRConfig) -> str:

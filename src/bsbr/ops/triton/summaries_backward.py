@@ -13,8 +13,9 @@ from bsbr.ops.triton.problem import Problem
 from bsbr.ops.triton.scores import load_blocks, load_chosen, score_factors, strike, tile_scores
 from bsbr.ops.triton.summaries import FarField, padded
 
-_TOKENS = 4096
-"""Queries that one program reads of each head; several programs add to the gradient of a block."""
+_MOST_TOKENS, _LEAST_TOKENS, _PROGRAMS = 4096, 256, 1024
+"""Queries that one program reads of each head: as many as leave this many programs. Several add to the gradient of a
+block."""
 
 
 class SummaryGradients(NamedTuple):
@@ -55,11 +56,14 @@ def summaries_backward(
         64 if problem.most_rows >= 64 and width <= 128 else 32,
     )
     shapes = {"G": problem.group, "B": config.block_size, "D": width, "DP": padded(width)}
-    _blocks_backward[(triton.cdiv(num_blocks, blocks), triton.cdiv(problem.num_sparse + rows, _TOKENS), heads)](
+    tiles, tokens = triton.cdiv(num_blocks, blocks), _MOST_TOKENS
+    while tokens > _LEAST_TOKENS and tiles * triton.cdiv(problem.num_sparse, tokens) * heads < _PROGRAMS:
+        tokens //= 2
+    _blocks_backward[(tiles, triton.cdiv(problem.num_sparse + rows, tokens), heads)](
         q, *field[:3], calibration, chosen, do, far_rows.shift, far_rows.offset, dmean_k, dvar_k, dmean_v,
         *q.stride()[:3], q.shape[2] // problem.group, num_blocks, problem.sparse_start, problem.q_start,
-        problem.num_queries, *problem.score_scales,
-        UNIT=config.unit, TOP_K=config.top_k, BM=rows, BN=blocks, TOKENS=_TOKENS,
+        problem.num_queries, tokens, *problem.score_scales,
+        UNIT=config.unit, TOP_K=config.top_k, BM=rows, BN=blocks,
         MOMENTS=config.far == "moments", num_warps=8 if width > 128 else 4, num_stages=1, **shapes,
     )  # fmt: skip
     dstates = torch.empty_like(field.states[:, :0])
@@ -103,19 +107,20 @@ def moments_backward(
     return out_k, out_v
 
 
-@triton.jit(do_not_specialize=["heads", "num_blocks", "sparse_start", "q_start", "num_queries"])
+@triton.jit(do_not_specialize=["heads", "num_blocks", "sparse_start", "q_start", "num_queries", "tokens"])
 def _blocks_backward(
     q, centred_k, var_k, mean_v, calibration, chosen, do, far_shift, far_offset, dmean_k, dvar_k, dmean_v,
-    qb, qt, qh, heads, num_blocks, sparse_start, q_start, num_queries, mean_scale, var_scale,
+    qb, qt, qh, heads, num_blocks, sparse_start, q_start, num_queries, tokens, mean_scale,
+    var_scale,
     G: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, TOP_K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, TOKENS: tl.constexpr, MOMENTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, MOMENTS: tl.constexpr,
 ):  # fmt: skip
     start, z = tl.program_id(0) * BN, tl.program_id(2).to(tl.int64)
     row, key_head = z // heads, z % heads
     n, d = start + tl.arange(0, BN), tl.arange(0, DP)
     inside = (d < D)[None, :]
-    begin = sparse_start // BM * BM + tl.program_id(1) * TOKENS
-    end = min(begin + TOKENS, q_start + num_queries)
+    begin = sparse_start // BM * BM + tl.program_id(1) * tokens
+    end = min(begin + tokens, q_start + num_queries)
     begin = max(begin, (start * UNIT // B + 1) * B)  # the first local block for which one of these blocks is past
     if begin >= end:
         return
