@@ -49,9 +49,10 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | N
         q: [B, T, HQ, D]; k, v: [B, T, H, D].
         scale: factor on q.k.
     Returns:
-        o [B, T, HQ, D] in the dtype of q; None where PyTorch has no fused kernel for such tensors.
+        o [B, T, HQ, D] in the dtype of q; None where PyTorch has no fused kernel for such tensors, and while
+        torch.compile traces, which cannot see what device it is for.
     """
-    return attend_all(q, k, v, scale) if has_flash(q) else None
+    return attend_all(q, k, v, scale) if has_flash(q) and not torch.compiler.is_compiling() else None
 
 
 def encode(config: BSBRConfig) -> str:

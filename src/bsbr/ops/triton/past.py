@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bsbr.ops.triton.problem import Problem
-from bsbr.ops.triton.scores import Tiles, score_factors, tile_of, write_scores
+from bsbr.ops.triton.scores import Tiles, score_at, score_factors, tile_of, write_scores
 from bsbr.ops.triton.search import choose_blocks, strike_out
 from bsbr.ops.triton.summaries import FarField, padded
 
@@ -51,9 +51,12 @@ def attend_past(
     tiles = -(-problem.stop // rows) - problem.sparse_start // rows
     each = len(heads_here) * problem.group  # query heads, whose tiles of the same tokens follow each other
     room = triton.cdiv(problem.num_blocks, 64) * 64 if far or choose else 0
-    at_once = min(tiles * each, max(1, _SCORE_BYTES // (4 * rows * room))) if room else tiles * each
-    scores = torch.empty(at_once, rows, room, dtype=torch.float32, device=chosen.device)
-    peaks = torch.empty(at_once, rows, room // 8, dtype=torch.float32, device=chosen.device)
+    at_once = tiles * each
+    if room:  # the query heads of a key head together
+        at_once = min(at_once, max(1, _SCORE_BYTES // (4 * rows * room * problem.group)) * problem.group)
+    scores = torch.empty(at_once, room // 64, rows, 64, dtype=torch.float32, device=chosen.device)
+    # the search reads whole tiles of peaks, perhaps beyond those of the last query
+    peaks = torch.empty(at_once * rows * room // 8 + 64, dtype=torch.float32, device=chosen.device)
     tops = torch.empty(at_once, rows, dtype=torch.float32, device=chosen.device)
     for first in range(0, tiles * each, at_once):
         here = Tiles(first, min(at_once, tiles * each - first), tiles, rows, room, heads_here)
@@ -71,30 +74,30 @@ def attend_past(
             problem.score_scales[0], problem.scale,
             G=problem.group, B=config.block_size, UNIT=config.unit, TOP_K=config.top_k, D=width, DP=padded(width),
             BM=rows, BN=64 if problem.most_rows >= 64 and width <= 128 else 32, FAR=far,
-            FIND=not choose, STATE=config.state != "none", num_warps=4, num_stages=1,
+            FIND=not choose, STATE=config.state != "none", PIECE=min(64, padded(width)), num_warps=4, num_stages=1,
+            maxnreg=168 if width <= 128 else None,
         )  # fmt: skip
 
 
 @triton.jit
 def _read_far(
-    scores, mean_v, top, stop, room, find: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
+    scores, mean_v, top, stop, find: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
     """The softmax over the scores that are left; `top` is about the largest of them, and is found if `find` says so."""
     row, column, d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, DP)
-    at = row[:, None] * room + column[None, :]
-    there = row[:, None] >= 0
     if find:
         most = tl.full([BM, BN], float("-inf"), tl.float32)
         for start in range(0, stop, BN):
-            held = there & (start + column < stop)[None, :]
-            most = tl.maximum(most, tl.load(scores + at + start, mask=held, other=float("-inf")))
+            own = tl.load(scores + score_at(row[:, None], start + column[None, :], BM))
+            most = tl.maximum(most, tl.where((start + column < stop)[None, :], own, float("-inf")))
         top = tl.max(most, 1)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, DP], tl.float32)
     for start in range(0, stop, BN):
-        held = there & (start + column < stop)[None, :]
-        own = tl.load(scores + at + start, mask=held, other=float("-inf"))
+        # no mask: of one that ends anywhere the compiler makes loads of four bytes, and there is room for whole tiles
+        own = tl.load(scores + score_at(row[:, None], start + column[None, :], BM))
+        own = tl.where((start + column < stop)[None, :], own, float("-inf"))
         n = tl.minimum(start + column, stop - 1)[:, None] * D + d[None, :]
         values = tl.load(mean_v + n, mask=(d < D)[None, :], other=0.0)
         weights = tl.exp2(own - top[:, None])
@@ -124,6 +127,7 @@ def _attend_past(
     num_queries, score_scale, scale,
     G: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, TOP_K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, FAR: tl.constexpr, FIND: tl.constexpr, STATE: tl.constexpr,
+    PIECE: tl.constexpr,
 ):  # fmt: skip
     first, own_z, member = tile_of(tl.program_id(0) + first_work, num_tiles, heads_all, sparse_start, G, BM)
     z = (first_head + own_z).to(tl.int64)
@@ -133,8 +137,7 @@ def _attend_past(
     valid = (token >= sparse_start) & (token < q_start + num_queries)
     sparse = (token - sparse_start).to(tl.int64)
     num_sparse = q_start + num_queries - sparse_start
-    own = q + row * qb + head * qh + (token - q_start).to(tl.int64)[:, None] * qt + d[None, :]
-    tile_q = tl.load(own, mask=valid[:, None] & inside, other=0.0)
+    own = q + row * qb + head * qh + (token - q_start).to(tl.int64)[:, None] * qt
     block = first // B
     stop = block * (B // UNIT)
     top = tl.full([BM], -1e38, tl.float32)
@@ -145,31 +148,44 @@ def _attend_past(
         if not FIND:
             top = tl.load(tops + at + tl.arange(0, BM))
         top, total, acc = _read_far(
-            scores + at * room, mean_v + z * num_blocks * D, top, stop, room, FIND, D, DP, BM, BN
+            scores + at * room, mean_v + z * num_blocks * D, top, stop, FIND, D, DP, BM, BN
         )  # fmt: skip
         scalars = calibration + head * 5
         mean_factor, _ = score_factors(calibration, head, score_scale, score_scale)
-        common = tl.load(first_k + z * D + d, mask=d < D, other=0.0)
-        top += mean_factor * tl.sum(tile_q.to(tl.float32) * common[None, :], 1)  # what all blocks share
         top += tl.load(scalars) * 1.4426950408889634 + tl.log2(UNIT * 1.0)
         acc *= tl.load(scalars + 3)
+        factor = scale * tl.load(scalars + 4)
+        # the queries are multiplied as they are: no registers for a copy of them
+        factor = total * tl.where(tl.abs(factor) < 1e-20, 1e-20, factor)
         if STATE:
-            at = (z * num_states + block) * D * D
-            state = tl.load(states + at + d[:, None] * D + d[None, :], mask=(d < D)[:, None] & inside, other=0.0)
-            factor = scale * tl.load(scalars + 4)
-            # the queries are multiplied as they are: no registers for a copy of them
-            factor = total * tl.where(tl.abs(factor) < 1e-20, 1e-20, factor)
-            acc = tl.dot(tile_q.to(state.dtype), state, acc / factor[:, None], input_precision="ieee")
+            acc = acc / factor[:, None]
+        # queries and state by parts of their width, and only now: fewer registers, so that three programs share a
+        # multiprocessor
+        for piece in tl.static_range(0, DP, PIECE):
+            e = piece + tl.arange(0, PIECE)
+            tile_q = tl.load(own + e[None, :], mask=valid[:, None] & (e < D)[None, :], other=0.0)
+            common = tl.load(first_k + z * D + e, mask=e < D, other=0.0)
+            top += mean_factor * tl.sum(tile_q.to(tl.float32) * common[None, :], 1)  # what all blocks share
+            if STATE:
+                at = (z * num_states + block) * D * D
+                state = tl.load(states + at + e[:, None] * D + d[None, :], mask=(e < D)[:, None] & inside, other=0.0)
+                acc = tl.dot(tile_q.to(state.dtype), state, acc, input_precision="ieee")
+        if STATE:
             acc *= factor[:, None]
 
     for start in range(block * B, first + BM, BM):
         key = start + tl.arange(0, BM)
-        held = (key < q_start + num_queries)[:, None] & inside
+        real = (key < q_start + num_queries)[:, None]
         far_key = key.to(tl.int64)[:, None]
-        own_k = tl.load(k + row * kb + z % heads * kh + far_key * kt + d[None, :], mask=held, other=0.0)
-        own_v = tl.load(v + row * vb + z % heads * vh + far_key * vt + d[None, :], mask=held, other=0.0)
-        tile_s = tl.dot(tile_q, tl.trans(own_k), input_precision="ieee") * score_scale
-        tile_s = tl.where(key[None, :] <= token[:, None], tile_s, float("-inf"))
+        tile_s = tl.zeros([BM, BM], tl.float32)
+        for piece in tl.static_range(0, DP, PIECE):
+            e = piece + tl.arange(0, PIECE)
+            tile_q = tl.load(own + e[None, :], mask=valid[:, None] & (e < D)[None, :], other=0.0)
+            from_k = k + row * kb + z % heads * kh + far_key * kt + e[None, :]
+            own_k = tl.load(from_k, mask=real & (e < D)[None, :], other=0.0)
+            tile_s = tl.dot(tile_q, tl.trans(own_k), tile_s, input_precision="ieee")
+        own_v = tl.load(v + row * vb + z % heads * vh + far_key * vt + d[None, :], mask=real & inside, other=0.0)
+        tile_s = tl.where(key[None, :] <= token[:, None], tile_s * score_scale, float("-inf"))
         new_top = tl.maximum(top, tl.max(tile_s, 1))
         weights = tl.exp2(tile_s - new_top[:, None])
         shrink = tl.exp2(top - new_top)

@@ -17,6 +17,10 @@ GROUP_BLOCKS = 8
 """Blocks of a group, GROUP in the kernels."""
 
 
+_SHARE = 2
+"""Most query heads of a key head whose scores one program computes: they share what is loaded of the blocks."""
+
+
 class Tiles(NamedTuple):
     """Tiles of queries whose scores are held together, and where."""
 
@@ -45,17 +49,19 @@ def write_scores(
         q: [B, Tq, HQ, D].
         field: summaries.
         calibration: [HQ, 5] float32.
-        scores: where to put them, [tiles, rows, room] float32; what comes after a query's past means nothing.
+        scores: where to put them, [tiles, room / 64, rows, 64] float32; what comes after a query's past means nothing.
         peaks: where to put the largest, [tiles, rows, room / GROUP_BLOCKS] float32.
     """
     config, width = problem.config, q.shape[3]
-    _write_scores[(tiles.count,)](
+    fast = problem.most_rows >= 64 and width <= 128
+    share = min(_SHARE, problem.group & -problem.group) if fast else 1
+    _write_scores[(tiles.count // share,)](
         q, field.centred_k, field.var_k, calibration, scores, peaks, *q.stride()[:3], q.shape[2] // problem.group,
         len(tiles.heads) * problem.group, tiles.heads.start, tiles.first, tiles.per_head, field.centred_k.shape[1],
         tiles.room, problem.sparse_start, problem.q_start, problem.num_queries, *problem.score_scales,
         G=problem.group, B=config.block_size, UNIT=config.unit, GROUP=GROUP_BLOCKS, D=width, DP=padded(width),
-        BM=tiles.rows, BN=64 if problem.most_rows >= 64 and width <= 128 else 32, MOMENTS=config.far == "moments",
-        num_warps=4, num_stages=1, maxnreg=168,  # so that three programs share a multiprocessor
+        BM=tiles.rows, SHARE=share, BN=64 if fast else 32, MOMENTS=config.far == "moments",
+        num_warps=4 * share, num_stages=1, maxnreg=168 if share == 1 else 128,
     )  # fmt: skip
 
 
@@ -64,6 +70,12 @@ def tile_of(work, num_tiles, heads_all, sparse_start, G: tl.constexpr, BM: tl.co
     """The first token of a tile of queries, its key head, counted from the first here, and its place in that."""
     tile = num_tiles - 1 - work // heads_all  # the longest first
     return (sparse_start // BM + tile) * BM, work % heads_all // G, work % G
+
+
+@triton.jit
+def score_at(row, block, BM: tl.constexpr):
+    """Where a tile of BM queries has the score of a block: 64 blocks of all its queries lie together."""
+    return block // 64 * (64 * BM) + row * 64 + block % 64
 
 
 @triton.jit
@@ -140,28 +152,30 @@ def _write_scores(
     heads, heads_all, first_head, first_work, num_tiles, num_blocks, room, sparse_start, q_start, num_queries,
     mean_scale, var_scale,
     G: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, MOMENTS: tl.constexpr,
+    BM: tl.constexpr, SHARE: tl.constexpr, BN: tl.constexpr, MOMENTS: tl.constexpr,
 ):  # fmt: skip
-    first, own_z, member = tile_of(tl.program_id(0) + first_work, num_tiles, heads_all, sparse_start, G, BM)
+    work = tl.program_id(0) * SHARE + first_work
+    first, own_z, member = tile_of(work, num_tiles, heads_all, sparse_start, G, BM)
+    ROWS: tl.constexpr = SHARE * BM
+    place = tl.arange(0, ROWS)
     z = (first_head + own_z).to(tl.int64)
-    row, head = z // heads, z % heads * G + member
-    token, d = first + tl.arange(0, BM), tl.arange(0, DP)
+    row, head = z // heads, z % heads * G + member + place // BM
+    token, d = first + place % BM, tl.arange(0, DP)
     valid = (token >= sparse_start) & (token < q_start + num_queries)
-    own = q + row * qb + head * qh + (token - q_start).to(tl.int64)[:, None] * qt + d[None, :]
+    own = q + row * qb + head[:, None] * qh + (token - q_start).to(tl.int64)[:, None] * qt + d[None, :]
     tile_q = tl.load(own, mask=valid[:, None] & (d < D)[None, :], other=0.0)
     wide = tile_q.to(tl.float32)
     mean_factor, var_factor = score_factors(calibration, head, mean_scale, var_scale)
-    square = (wide * wide * var_factor).to(var_k.dtype.element_ty)
+    square = (wide * wide * var_factor[:, None]).to(var_k.dtype.element_ty)
     stop = first // B * (B // UNIT)
     centred_k += z * num_blocks * D
     var_k += z * num_blocks * D
-    scores += tl.program_id(0).to(tl.int64) * BM * room
-    peaks += tl.program_id(0).to(tl.int64) * BM * (room // GROUP)
-    row = tl.arange(0, BM)
+    scores += tl.program_id(0).to(tl.int64) * ROWS * room
+    peaks += tl.program_id(0).to(tl.int64) * ROWS * (room // GROUP)
     # In the result of a product a thread holds columns 2 i, 2 i + 1 of every 8. Blocks are laid to columns such that
     # those are blocks in a row: then a thread finds the largest of a group alone, and writes them together.
     column = tl.arange(0, BN)
-    turned = row % (BM // 8) // 2 * 16 + row // (BM // 8) * 2 + row % 2
+    turned = place % (ROWS // 8) // 2 * 16 + place // (ROWS // 8) * 2 + place % 2
     order = column // 2 % 4 * (BN // 4) + column // 8 * 2 + column % 2
     # the next tile is on its way while this one is worked on
     next_n = tl.minimum(order, stop - 1)[None, :] * D + d[:, None]
@@ -172,11 +186,12 @@ def _write_scores(
         next_n = tl.minimum(start + BN + order, stop - 1)[None, :] * D + d[:, None]
         next_k = tl.load(centred_k + next_n, mask=(d < D)[:, None], other=0.0)
         next_var = tl.load(var_k + next_n, mask=(d < D)[:, None], other=0.0) if MOMENTS else next_k
-        tile = tile_scores(tile_q, square, own_centred, own_var, mean_factor, MOMENTS)
-        tile = tl.permute(tl.reshape(tile, [BM, BN // 8, 4, 2]), (0, 2, 1, 3))
-        groups = tl.reshape(tile, [BM, BN // GROUP, GROUP])
+        tile = tile_scores(tile_q, square, own_centred, own_var, mean_factor[:, None], MOMENTS)
+        tile = tl.permute(tl.reshape(tile, [ROWS, BN // 8, 4, 2]), (0, 2, 1, 3))
+        groups = tl.reshape(tile, [ROWS, BN // GROUP, GROUP])
         # rows as the threads that write them are laid out, so that a row stays in its warp
-        tile = tl.reshape(tl.permute(tl.reshape(tile, [BM // 16, 8, 2, BN]), (1, 0, 2, 3)), [BM, BN])
-        tl.store(scores + turned[:, None] * room + start + tl.arange(0, BN)[None, :], tile)
-        at = row[:, None] * (room // GROUP) + start // GROUP
+        tile = tl.reshape(tl.permute(tl.reshape(tile, [ROWS // 16, 8, 2, BN]), (1, 0, 2, 3)), [ROWS, BN])
+        block = start + tl.arange(0, BN)[None, :]
+        tl.store(scores + (turned // BM * (BM * room))[:, None] + score_at((turned % BM)[:, None], block, BM), tile)
+        at = place[:, None] * (room // GROUP) + start // GROUP
         tl.store(peaks + at + tl.arange(0, BN // GROUP)[None, :], tl.max(groups, 2))

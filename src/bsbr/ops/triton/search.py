@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bsbr.ops.triton.problem import Problem
-from bsbr.ops.triton.scores import GROUP_BLOCKS, Tiles, tile_of
+from bsbr.ops.triton.scores import GROUP_BLOCKS, Tiles, score_at, tile_of
 
 _NONE = tl.constexpr(-(2**31))
 """The key of no score."""
@@ -20,8 +20,8 @@ _NOWHERE = tl.constexpr(1 << 24)
 """A group after all groups."""
 
 
-_ROWS = 8
-"""Queries that one warp searches for: no other waits for it."""
+_ROWS = 4
+"""Queries that one warp searches for: no other waits for it, and its registers leave room for 28 warps."""
 
 
 def choose_blocks(problem: Problem, tiles: Tiles, scores: Tensor, peaks: Tensor, tops: Tensor, chosen: Tensor) -> None:
@@ -103,11 +103,12 @@ def best_groups(peaks, num_groups, room, BM: tl.constexpr, COUNT: tl.constexpr, 
     """
     row, column = tl.arange(0, BM)[:, None], tl.arange(0, COLUMNS)[None, :]
     held = (column < num_groups) & (row >= 0)
-    keys = sortable(tl.load(peaks + row * room + column, mask=held, other=0.0), held, COLUMNS)
+    # no mask: of one that ends anywhere the compiler makes loads of four bytes, and there is room for whole tiles
+    keys = sortable(tl.load(peaks + row * room + column), held, COLUMNS)
     best, index = _extract(keys, COLUMNS, COUNT)
     for start in range(COLUMNS, num_groups, COLUMNS):
         held = (start + column < num_groups) & (row >= 0)
-        keys = sortable(tl.load(peaks + row * room + start + column, mask=held, other=0.0), held, COLUMNS)
+        keys = sortable(tl.load(peaks + row * room + start + column), held, COLUMNS)
         value = tl.max(keys, 1)
         # across tiles only scores count: of equal ones the earlier stays ahead
         while tl.max((value > (best[COUNT - 1] | (COLUMNS - 1))).to(tl.int32), 0) > 0:
@@ -145,30 +146,33 @@ def _ascending(values, COUNT: tl.constexpr):
 
 @triton.jit
 def best_blocks(
-    scores, peaks, space, stop, room, BM: tl.constexpr, TOP_K: tl.constexpr, KP: tl.constexpr,
-    GROUP: tl.constexpr, COLUMNS: tl.constexpr,
+    scores, peaks, space, place, stop, room, BM: tl.constexpr, ROWS: tl.constexpr, TOP_K: tl.constexpr,
+    KP: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The TOP_K best blocks of each query before `stop`, [BM, KP], best first, and about the best score of the others.
+    """The TOP_K best blocks of queries before `stop`, [ROWS, KP], best first, and about the best score of the others.
 
-    `scores` [BM, room], `peaks` [BM, room / 8] and `space` [BM, 8 KP] belong to this program. Columns from TOP_K
-    on mean nothing.
+    `scores` belong to a tile of BM queries, in which these are at `place`; `peaks` [ROWS, room / 8] and `space`
+    [ROWS, 8 KP] to this program. Columns from TOP_K on mean nothing.
     """
-    row, column = tl.arange(0, BM)[:, None], tl.arange(0, KP * GROUP)[None, :]
-    peak, group = best_groups(peaks, tl.cdiv(stop, GROUP), room // GROUP, BM, TOP_K + 1, COLUMNS)
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, KP * GROUP)[None, :]
+    peak, group = best_groups(
+        peaks, tl.cdiv(stop, GROUP), tl.multiple_of(room // GROUP, 8), ROWS, TOP_K + 1, COLUMNS
+    )  # fmt: skip
     found = ()
     for j in tl.static_range(TOP_K):
         found += (tl.where(peak[j] == _NONE, _NOWHERE, group[j]),)
     found = _ascending(found, TOP_K)  # of equal scores the one in the lower block comes first
-    block = tl.full([BM, KP * GROUP], _NOWHERE, tl.int32)
+    group = tl.full([ROWS, KP * GROUP], _NOWHERE, tl.int32)
     for j in tl.static_range(TOP_K):
-        block = tl.where(column // GROUP == j, found[j][:, None], block)
-    block = block * GROUP + column % GROUP
+        group = tl.where(column // GROUP == j, found[j][:, None], group)
+    block = group * GROUP + column % GROUP
     tl.store(space + row * (KP * GROUP) + column, block)
     held = block < stop
-    keys = sortable(tl.load(scores + row * room + block, mask=held, other=0.0), held, KP * GROUP)
+    first = score_at(place[:, None], tl.minimum(group, room // GROUP - 1) * GROUP, BM)
+    keys = sortable(tl.load(scores + first + column % GROUP), held, KP * GROUP)
     best, place = _extract(keys, KP * GROUP, TOP_K + 1)
     rank = tl.arange(0, KP)[None, :]
-    places = tl.zeros([BM, KP], tl.int32)
+    places = tl.zeros([ROWS, KP], tl.int32)
     for j in tl.static_range(TOP_K):
         places = tl.where(rank == j, place[j][:, None], places)
     tl.debug_barrier()
@@ -203,17 +207,18 @@ def _choose(
         place, own + first_work, first_head, heads, heads_all, num_tiles, sparse_start, num_sparse, G, TOP_K, BM
     )  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * ROWS
-    scores += at * room
+    scores += own.to(tl.int64) * BM * room
+    peaks += at * tl.multiple_of(room // GROUP, 8)
     blocks, top = best_blocks(
-        scores, peaks + at * (room // GROUP), space + at * (KP * GROUP), first // B * (B // UNIT), room, ROWS, TOP_K,
-        KP, GROUP, GROUPS,
+        scores, peaks, space + at * (KP * GROUP), place, first // B * (B // UNIT), room, BM, ROWS, TOP_K, KP, GROUP,
+        GROUPS,
     )  # fmt: skip
     rank = tl.arange(0, KP)[None, :]
     kept = real[:, None] & (rank < TOP_K)
     tl.store(chosen + to[:, None] + rank, blocks, mask=kept)
     tl.store(tops + at + tl.arange(0, ROWS), top)
     nothing = tl.full([ROWS, KP], float("-inf"), tl.float32)
-    tl.store(scores + tl.arange(0, ROWS)[:, None] * room + blocks, nothing, mask=kept)
+    tl.store(scores + score_at(place[:, None], blocks, BM), nothing, mask=kept)
 
 
 @triton.jit(
@@ -230,5 +235,5 @@ def _strike(
     )  # fmt: skip
     rank = tl.arange(0, KP)[None, :]
     block = tl.load(chosen + at[:, None] + rank, mask=real[:, None] & (rank < TOP_K), other=-1)
-    to = scores + (tl.program_id(0).to(tl.int64) * BM + place)[:, None] * room + block
+    to = scores + tl.program_id(0).to(tl.int64) * BM * room + score_at(place[:, None], block, BM)
     tl.store(to, tl.full([BM, KP], float("-inf"), tl.float32), mask=block >= 0)
