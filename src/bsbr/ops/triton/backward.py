@@ -47,15 +47,15 @@ def backward(
         dq, dk, dv = prefix_backward(do, q, k, v, o, lse, problem.scale)
         return dq.contiguous(), dk.contiguous(), dv.contiguous(), dcalibration
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    prefix_k, prefix_v = k[:, :0], v[:, :0]
     if dense:
         own_do, own_q, own_k, own_v, own_o, own_lse = (x[:, :dense] for x in (do, q, k, v, o, lse))
-        dq[:, :dense], *prefix = prefix_backward(own_do, own_q, own_k, own_v, own_o, own_lse, problem.scale)
+        dq[:, :dense], prefix_k, prefix_v = prefix_backward(
+            own_do, own_q, own_k, own_v, own_o, own_lse, problem.scale
+        )  # fmt: skip
     delta = _row_products(do, o)
     dk, dv = (torch.empty(k.shape, dtype=torch.float32, device=k.device) for _ in range(2))
-    local_backward(problem, q, k, v, do, lse, delta, dk, dv)
-    if dense:
-        dk[:, :dense] += prefix[0]
-        dv[:, :dense] += prefix[1]
+    local_backward(problem, q, k, v, do, lse, delta, (prefix_k, prefix_v), dk, dv)
     summaries = block_moments(k, v, config.unit, problem.num_blocks, config.state != "none")
     field = far_field(summaries, problem.per_block, q.dtype)
     far_rows = FarRows(*(torch.empty_like(lse) for _ in range(3)))

@@ -25,9 +25,9 @@ class Pairs(NamedTuple):
     counts: Tensor
     """Pairs of a block, [Z, N] int32."""
     tile_end: Tensor
-    """Tiles of all blocks up to and including this one, [Z * N] int32."""
+    """Tiles of its key head's blocks up to and including this one, [Z, N] int32."""
     tile_block: Tensor
-    """The block (z * N + b) of each tile, Z * N past the last one, [tiles the shapes allow] int32."""
+    """The block of each tile of a key head, N past the last one, [Z, tiles the shapes allow] int32."""
     rows: int
     """Pairs of a tile."""
 
@@ -51,16 +51,15 @@ def sort_pairs(chosen: Tensor, group: int, heads_here: range, num_blocks: int, r
     grid, sizes = (triton.cdiv(per_head, 1024), heads), (heads_here.start, num_heads // group, num_queries, num_blocks)
     options = {"GK": group * top_k, "BLOCK": 1024, "COPIES": _COPIES, "num_warps": 4}
     _count[grid](chosen, counters, *sizes, **options)
-    running = counters.cumsum(0, dtype=torch.int32)
-    count = running[-1].clone()
-    start = count.cumsum(1, dtype=torch.int32) - count
-    cursors = running.sub_(counters).add_(start)
     pair = torch.empty(heads, per_head, dtype=torch.int32, device=chosen.device)
-    _place[grid](chosen, cursors, pair, *sizes, **options)
-    tile_end = ((count + rows - 1) // rows).flatten().cumsum(0, dtype=torch.int32)
-    most = heads * (per_head // rows + min(num_blocks, per_head))
-    tiles = torch.arange(most, dtype=torch.int32, device=chosen.device)
-    return Pairs(pair, start, count, tile_end, torch.searchsorted(tile_end, tiles, right=True, out_int32=True), rows)
+    start, count, tile_end = torch.empty(3, heads, num_blocks, dtype=torch.int32, device=chosen.device)
+    most = per_head // rows + min(num_blocks, per_head)
+    tile_block = torch.empty(heads, most, dtype=torch.int32, device=chosen.device)
+    _cut[(heads,)](
+        counters, start, count, tile_end, tile_block, num_blocks, most, rows, COPIES=_COPIES, BLOCKS=64, num_warps=4
+    )  # fmt: skip
+    _place[grid](chosen, counters, pair, *sizes, **options)
+    return Pairs(pair, start, count, tile_end, tile_block, rows)
 
 
 @triton.jit
@@ -87,6 +86,37 @@ def _count(
 ):  # fmt: skip
     z, _, inside, block = _block_of(chosen, first_head, heads, num_queries, GK, BLOCK)
     tl.atomic_add(count + _counter(z, num_blocks, COPIES) + block, 1, mask=inside, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["num_blocks", "most", "rows"])
+def _cut(
+    counters, start, count, tile_end, tile_block, num_blocks, most, rows, COPIES: tl.constexpr, BLOCKS: tl.constexpr
+):  # fmt: skip
+    """From the counters of a key head, where each copy of a block's pairs starts, and the tiles of the blocks."""
+    z, copy = tl.program_id(0).to(tl.int64), tl.arange(0, COPIES)[:, None]
+    from_copy = counters + (copy * tl.num_programs(0) + z) * num_blocks
+    tile_block += z * most
+    pairs_before, tiles_before = 0, 0
+    for first in range(0, num_blocks, BLOCKS):
+        n = first + tl.arange(0, BLOCKS)
+        there = n < num_blocks
+        own = tl.load(from_copy + n[None, :], mask=there[None, :], other=0)
+        total = tl.sum(own, 0)
+        begin = pairs_before + tl.cumsum(total, 0) - total
+        tl.store(from_copy + n[None, :], begin[None, :] + tl.cumsum(own, 0) - own, mask=there[None, :])
+        tiles = (total + rows - 1) // rows
+        end = tiles_before + tl.cumsum(tiles, 0)
+        to = z * num_blocks + n
+        tl.store(start + to, begin, mask=there)
+        tl.store(count + to, total, mask=there)
+        tl.store(tile_end + to, end, mask=there)
+        for back in range(1, tl.max(tiles, 0) + 1):
+            tl.store(tile_block + end - back, n, mask=there & (back <= tiles))
+        pairs_before += tl.sum(total, 0)
+        tiles_before += tl.sum(tiles, 0)
+    for first in range(tiles_before, most, 256):
+        tile = first + tl.arange(0, 256)
+        tl.store(tile_block + tile, tl.zeros([256], tl.int32) + num_blocks, mask=tile < most)
 
 
 @triton.jit(do_not_specialize=["first_head", "heads", "num_queries", "num_blocks"])

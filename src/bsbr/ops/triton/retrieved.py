@@ -26,9 +26,9 @@ def attend_pairs(
             These are the first `top_k` parts of each query.
     """
     width, unit = q.shape[3], problem.config.unit
-    _attend[(pairs.tile_block.numel(),)](
+    _attend[pairs.tile_block.shape[::-1]](
         q, k, v, *pairs[:5], part_o, part_lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], k.shape[2],
-        pairs.counts.shape[1], pairs.counts.numel(), pairs.pair.shape[1], first_head,
+        pairs.counts.shape[1], pairs.pair.shape[1], first_head,
         problem.num_dense, problem.score_scales[0],
         PARTS=part_o.shape[2], G=problem.group, TOP_K=problem.config.top_k, UNIT=unit, D=width,
         DP=padded(width), ROWS=pairs.rows, BM=min(64, problem.most_rows), num_warps=4, num_stages=1,
@@ -54,29 +54,28 @@ def _queries_of(
     return tl.load(head_q + at[:, None] + d[None, :], mask=held, other=0.0)
 
 
-@triton.jit(do_not_specialize=["heads", "num_blocks", "all_blocks", "pairs_per_head", "first_head", "first_query"])
+@triton.jit(do_not_specialize=["heads", "num_blocks", "pairs_per_head", "first_head", "first_query"])
 def _attend(
     q, k, v, pairs, start, count, tile_end, tile_block, part_o, part_lse, qb, qt, qh, kb, kt, kh, vb, vt, vh, heads,
-    num_blocks, all_blocks, pairs_per_head, first_head, first_query, scale,
+    num_blocks, pairs_per_head, first_head, first_query, scale,
     PARTS: tl.constexpr, G: tl.constexpr, TOP_K: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     ROWS: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
-    block = tl.load(tile_block + tile)
-    if block >= all_blocks:
+    tile, z = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    block = tl.load(tile_block + z * tl.num_programs(0) + tile)
+    if block >= num_blocks:
         return
-    own_count = tl.load(count + block)
-    from_end = tl.load(tile_end + block) - tile  # tiles of this block from here on
+    own_count = tl.load(count + z * num_blocks + block)
+    from_end = tl.load(tile_end + z * num_blocks + block) - tile  # tiles of this block from here on
     begin = (tl.cdiv(own_count, ROWS) - from_end) * ROWS
-    z = (block // num_blocks).to(tl.int64)
     head, row = (first_head + z) % heads, (first_head + z) // heads
     d = tl.arange(0, DP)
     inside = (d < D)[None, :]
-    token = ((block % num_blocks) * UNIT + tl.arange(0, UNIT)).to(tl.int64)
+    token = (block * UNIT + tl.arange(0, UNIT)).to(tl.int64)
     own_k = tl.load(k + row * kb + head * kh + token[:, None] * kt + d[None, :], mask=inside, other=0.0)
     own_v = tl.load(v + row * vb + head * vh + token[:, None] * vt + d[None, :], mask=inside, other=0.0)
     head_q = q + row * qb + head * G * qh + first_query.to(tl.int64) * qt
-    own_pairs = pairs + z * pairs_per_head + tl.load(start + block)
+    own_pairs = pairs + z * pairs_per_head + tl.load(start + z * num_blocks + block)
     first_part = z * (pairs_per_head // TOP_K * PARTS)
     pair = _pairs_at(own_pairs + begin, own_count - begin, BM)
     own_q = _queries_of(head_q, pair, own_count - begin, qt, qh, G, TOP_K, D, DP, BM)

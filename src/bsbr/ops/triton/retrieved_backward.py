@@ -36,9 +36,9 @@ def pairs_backward(
         dk, dv: sums to add to, [B, T, H, D] float32 contiguous.
     """
     width, unit = q.shape[3], problem.config.unit
-    _pairs_backward[(pairs.tile_block.numel(),)](
+    _pairs_backward[pairs.tile_block.shape[::-1]](
         q, k, v, do, lse, delta, *pairs[:5], part_q, dk, dv, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        k.shape[2], k.shape[1], pairs.counts.shape[1], pairs.counts.numel(), pairs.pair.shape[1], first_head,
+        k.shape[2], k.shape[1], pairs.counts.shape[1], pairs.pair.shape[1], first_head,
         problem.num_dense, problem.num_queries, problem.score_scales[0], problem.scale,
         G=problem.group, TOP_K=problem.config.top_k, UNIT=unit, D=width, DP=padded(width), ROWS=pairs.rows,
         BM=32, num_warps=8 if width > 64 else 4, num_stages=1,
@@ -63,7 +63,6 @@ def _rows_of(
         "heads",
         "num_keys",
         "num_blocks",
-        "all_blocks",
         "pairs_per_head",
         "first_head",
         "first_query",
@@ -73,27 +72,26 @@ def _rows_of(
 def _pairs_backward(
     q, k, v, do, lse, delta, pairs, start, count, tile_end, tile_block, part_q, dk, dv,
     qb, qt, qh, kb, kt, kh, vb, vt, vh,
-    heads, num_keys, num_blocks, all_blocks, pairs_per_head, first_head, first_query, num_queries, score_scale, scale,
+    heads, num_keys, num_blocks, pairs_per_head, first_head, first_query, num_queries, score_scale, scale,
     G: tl.constexpr, TOP_K: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
     BM: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
-    block = tl.load(tile_block + tile)
-    if block >= all_blocks:
+    tile, z = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    block = tl.load(tile_block + z * tl.num_programs(0) + tile)
+    if block >= num_blocks:
         return
-    own_count = tl.load(count + block)
-    from_end = tl.load(tile_end + block) - tile  # tiles of this block from here on
+    own_count = tl.load(count + z * num_blocks + block)
+    from_end = tl.load(tile_end + z * num_blocks + block) - tile  # tiles of this block from here on
     begin = (tl.cdiv(own_count, ROWS) - from_end) * ROWS
-    z = (block // num_blocks).to(tl.int64)
     head, row = (first_head + z) % heads, (first_head + z) // heads
     d = tl.arange(0, DP)
     inside = (d < D)[None, :]
-    token = ((block % num_blocks) * UNIT + tl.arange(0, UNIT)).to(tl.int64)
+    token = (block * UNIT + tl.arange(0, UNIT)).to(tl.int64)
     own_k = tl.load(k + row * kb + head * kh + token[:, None] * kt + d[None, :], mask=inside, other=0.0)
     own_v = tl.load(v + row * vb + head * vh + token[:, None] * vt + d[None, :], mask=inside, other=0.0)
     head_q = q + row * qb + head * G * qh + first_query.to(tl.int64) * qt
     head_do = do + ((row * num_queries + first_query) * heads + head) * (G * D)
-    own_pairs = pairs + z * pairs_per_head + tl.load(start + block)
+    own_pairs = pairs + z * pairs_per_head + tl.load(start + z * num_blocks + block)
     first_part = z * (pairs_per_head // TOP_K * (TOP_K + 1))
     sum_k = tl.zeros([UNIT, DP], tl.float32)
     sum_v = tl.zeros([UNIT, DP], tl.float32)
