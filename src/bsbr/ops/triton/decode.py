@@ -80,7 +80,8 @@ def triton_decode(
         far_parts = min(_FAR_PARTS, triton.cdiv(room, _TILE))
     column_tile = triton.next_power_of_2(columns)
     mass_lines = triton.cdiv(room, 32)  # whole cache lines for a column
-    tiles = max(32, triton.next_power_of_2(triton.cdiv(room, _TILE)))  # here too, so that no other has read them
+    most = triton.next_power_of_2(max(1, config.top_k))
+    tiles = max(32, most, triton.next_power_of_2(triton.cdiv(room, _TILE)))  # here too, so that no other has read them
     peaks = held.meta.new_empty(zs, columns, tiles)
     mass = held.meta.new_empty(zs, columns, mass_lines * 32)
     chosen = rows.new_empty(zs, columns, max(1, config.top_k), dtype=torch.int32)
@@ -98,13 +99,13 @@ def triton_decode(
         q, k, v, held.own_k, held.own_v, held.meta, states, calibration, rows, lengths, counters, mass,
         peaks, chosen, bounds, read, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], heads, room, mass_lines,
         scale * base, scale * scale / 2 * base, scale, BN=_TILE, SPAN=_SPAN, CP=column_tile,
-        KP=triton.next_power_of_2(max(1, config.top_k)), TP=tiles, MOMENTS=config.far == "moments",
-        STATE=config.state != "none", **blocks, **shared, num_warps=8,
+        KP=most, TP=tiles, MOMENTS=config.far == "moments",
+        STATE=config.state != "none", **blocks, **shared, num_warps=4,
     )  # fmt: skip
     _attend[(zs, columns * exact + far_parts)](
         q, held.own_k, held.own_v, past_k, past_v, mean_v, mass, chosen, bounds, rows, lengths, part_o, part_lse,
         *q.stride()[:3], heads, past_k.shape[2], room, mass_lines, scale * base, KEYS=keys, PIECES=_PIECES,
-        STAGES=_STAGES, FAR=far_parts, BN=_TILE, **blocks, **shared, num_warps=4,
+        STAGES=_STAGES, FAR=far_parts, BN=_TILE, WARPS=4, **blocks, **shared, num_warps=4,
     )  # fmt: skip
     _merge[(zs * columns,)](
         part_o, part_lse, read, calibration, rows, lengths, o, heads, EXACT=exact, FAR=far_parts,

@@ -43,6 +43,31 @@ def _score_of(key):
 
 
 @triton.jit
+def _largest(keys):
+    """The largest number of each row of some [CP, WIDE], [CP, 1]."""
+    best = keys[0]
+    for r in tl.static_range(1, len(keys)):
+        best = tl.maximum(best, keys[r])
+    return tl.max(best, 1, keep_dims=True)
+
+
+@triton.jit
+def _best(keys, COUNT: tl.constexpr, CP: tl.constexpr, WIDE: tl.constexpr):
+    """The COUNT largest numbers of each row, best first, [CP, WIDE]; the last of them and the next one, [CP, 1]."""
+    lane = tl.arange(0, WIDE)[None, :]
+    picked = tl.full([CP, WIDE], _NEVER, tl.int64)
+    last = tl.full([CP, 1], _ALWAYS, tl.int64)
+    for j in tl.static_range(COUNT):
+        last = _largest(keys)
+        left = ()
+        for r in tl.static_range(len(keys)):
+            left += (tl.where(keys[r] == last, _NEVER, keys[r]),)
+        keys = left
+        picked = tl.where(lane == j, last, picked)
+    return picked, last, _largest(keys)
+
+
+@triton.jit
 def _select(
     mass, peaks, chosen, bounds, z, num, room, TOP_K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
     BN: tl.constexpr, TP: tl.constexpr,
@@ -51,33 +76,34 @@ def _select(
 
     The best TOP_K blocks lie in the TOP_K tiles of BN blocks whose largest mass is largest.
     """
-    c = tl.arange(0, CP)
-    column = z.to(tl.int64) * C + tl.minimum(c, C - 1)
-    tl.store(bounds + column * 2, tl.full([CP], _ALWAYS, tl.int64), mask=c < C)
-    t = tl.arange(0, TP)[None, :]
-    keys = _ordered(_bits(tl.load(peaks + column[:, None] * TP + t)), t)
-    keys = tl.where(t < tl.cdiv(num, BN), keys, _NEVER)
-    for j in tl.static_range(TOP_K):
-        best = tl.max(keys, 1)
-        keys = tl.where(keys == best[:, None], _NEVER, keys)
-        tl.store(chosen + column * TOP_K + j, tl.where(best == _NEVER, _NOWHERE, _place_of(best)), mask=c < C)
-    rest = tl.max(keys, 1)
+    # numbers of a column come in a few rows, as many as a warp has threads: it finds their best without other warps
+    c, column = tl.arange(0, CP)[:, None], z.to(tl.int64) * C + tl.minimum(tl.arange(0, CP)[:, None], C - 1)
+    real = c < C
+    WIDE: tl.constexpr = max(32, KP)
+    lane, keys = tl.arange(0, WIDE)[None, :], ()
+    for r in tl.static_range(TP // WIDE):
+        t = r * WIDE + lane
+        own = _ordered(_bits(tl.load(peaks + column * TP + t, mask=t < tl.cdiv(num, BN), other=0.0)), t)
+        keys += (tl.where(t < tl.cdiv(num, BN), own, _NEVER),)
+    picked, last, rest = _best(keys, TOP_K, CP, WIDE)
     if TOP_K > 0:
+        place = tl.where(picked == _NEVER, _NOWHERE, _place_of(picked))
+        tl.store(chosen + column * TOP_K + lane, place, mask=real & (lane < TOP_K))
         tl.debug_barrier()
-        i = tl.arange(0, KP * BN)[None, :]
-        tile = tl.load(chosen + column[:, None] * TOP_K + i // BN, mask=i < TOP_K * BN, other=_NOWHERE)
-        n = tile * BN + i % BN
-        keys = _ordered(_bits(tl.load(mass + column[:, None] * room + n, mask=n < num, other=0.0)), n)
-        keys = tl.where(n < num, keys, _NEVER)
+        ROW: tl.constexpr = 32 if KP <= 8 else KP * BN  # many rows take the compiler minutes
+        lane, keys = tl.arange(0, ROW)[None, :], ()
+        for r in tl.static_range((TOP_K * BN + ROW - 1) // ROW):
+            i = r * ROW + lane
+            tile = tl.load(chosen + column * TOP_K + i // BN, mask=i < TOP_K * BN, other=_NOWHERE)
+            n = tile * BN + i % BN
+            own = _ordered(_bits(tl.load(mass + column * room + n, mask=n < num, other=0.0)), n)
+            keys += (tl.where(n < num, own, _NEVER),)
         tl.debug_barrier()
-        for j in tl.static_range(TOP_K):
-            best = tl.max(keys, 1)
-            keys = tl.where(keys == best[:, None], _NEVER, keys)
-            tl.store(chosen + column * TOP_K + j, _place_of(best), mask=c < C)
-            if j == TOP_K - 1:
-                tl.store(bounds + column * 2, best, mask=c < C)
-        rest = tl.maximum(rest, tl.max(keys, 1))
-    tl.store(bounds + column * 2 + 1, rest, mask=c < C)
+        picked, last, others = _best(keys, TOP_K, CP, ROW)
+        tl.store(chosen + column * TOP_K + lane, _place_of(picked), mask=real & (lane < TOP_K))
+        rest = tl.maximum(rest, others)
+    tl.store(bounds + column * 2, last, mask=real)
+    tl.store(bounds + column * 2 + 1, rest, mask=real)
 
 
 @triton.jit(do_not_specialize=["heads", "room", "mass_lines"])
@@ -199,7 +225,7 @@ def _attend(
     qb, qt, qh, heads, past_room, room, mass_lines, score_scale,
     S: tl.constexpr, G: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, KEYS: tl.constexpr, PIECES: tl.constexpr,
     STAGES: tl.constexpr, TOP_K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FAR: tl.constexpr, BN: tl.constexpr,
-    EVERY: tl.constexpr,
+    WARPS: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
     z, task = tl.program_id(0), tl.program_id(1)
     LAST: tl.constexpr = TOP_K * (UNIT // KEYS)
@@ -237,30 +263,34 @@ def _attend(
         share = tl.cdiv(tl.cdiv(num, BN), FAR) * BN
         begin = (task - C * EXACT) * share
         stop = tl.minimum(begin + share, num)
-        total, acc = (), ()
-        for _ in tl.static_range(C):
-            total += (0.0 * begin,)
-            acc += (tl.zeros([DP], tl.float32),)
+        below, top, total, acc = (), (), (), ()
+        for c in tl.static_range(C):
+            below += (tl.load(bounds + (first_column + c) * 2),)
+            # the largest mass that is left is known, so weights need no other scale
+            top += (_score_of(tl.load(bounds + (first_column + c) * 2 + 1)),)
+            total += (tl.zeros([BN], tl.float32),)
+            acc += (tl.zeros([WARPS, DP], tl.float32),)
         for start in range(begin, stop, BN):
             n = start + tl.arange(0, BN)
             from_mean = mean_v + (at * room + n)[:, None] * D + d[None, :]
             values = tl.load(from_mean, mask=(n < stop)[:, None] & inside[None, :], other=0.0)
+            scores = ()
+            for c in tl.static_range(C):
+                scores += (tl.load(mass + (first_column + c) * mass_room + n, mask=n < stop, other=0.0),)
             new_total, new_acc = (), ()
             for c in tl.static_range(C):
-                score = tl.load(mass + (first_column + c) * mass_room + n, mask=n < stop, other=0.0)
-                left = (n < stop) & (_ordered(_bits(score), n) < tl.load(bounds + (first_column + c) * 2))
-                # the largest mass that is left is known, so weights need no other scale
-                top = _score_of(tl.load(bounds + (first_column + c) * 2 + 1))
-                weights = tl.where(left, tl.exp2(score - top), 0.0)
-                new_total += (total[c] + tl.sum(weights, 0),)
-                new_acc += (acc[c] + tl.sum(weights[:, None] * values, 0),)
+                left = (n < stop) & (_ordered(_bits(scores[c]), n) < below[c])
+                weights = tl.where(left, tl.exp2(scores[c] - top[c]), 0.0)
+                new_total += (total[c] + weights,)
+                # each warp has every WARPS-th row of a tile: it adds up its own, and waits for no other until the end
+                parts = tl.reshape(weights[:, None] * values, [BN // WARPS, WARPS, DP])
+                new_acc += (acc[c] + tl.sum(parts, 0),)
             total, acc = new_total, new_acc
         for c in tl.static_range(C):
             to = (first_column + c) * (EXACT + FAR) + EXACT + task - C * EXACT
-            top = _score_of(tl.load(bounds + (first_column + c) * 2 + 1))
-            lse = tl.where(total[c] > 0, top + tl.log2(total[c]), float("-inf"))
-            tl.store(part_lse + to, lse)
-            tl.store(part_o + to * D + d, acc[c] / tl.maximum(total[c], 1e-30), mask=inside)
+            whole = tl.sum(total[c], 0)
+            tl.store(part_lse + to, tl.where(whole > 0, top[c] + tl.log2(whole), float("-inf")))
+            tl.store(part_o + to * D + d, tl.sum(acc[c], 0) / tl.maximum(whole, 1e-30), mask=inside)
 
 
 @triton.jit(do_not_specialize=["heads"])
