@@ -1,4 +1,4 @@
-"""Draw time and speed-up of the attention on a GPU, and its stages beside their floors, from the committed result files.
+"""Draw time and speed-up of the attention on a GPU, and its stages beside their floors, from committed result files.
 
 python -m benchmarks.plot_gpu
 """
