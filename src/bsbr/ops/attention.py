@@ -165,8 +165,9 @@ def bsbr_attention(
         from bsbr.ops.triton.operator import dense_attention, triton_attention  # imported only where it is used
 
         whole = q_start == 0 and q.shape[1] <= dense_until(config) and (calibration is None or not learns)
-        if whole and lengths is None and not return_lse and (o := dense_attention(q, k, v, scale)) is not None:
-            return o
+        plain = dense_attention(q, k, v, scale) if whole and lengths is None and not return_lse else None
+        if plain is not None:
+            return plain
     calibration = uncalibrated(q.shape[2], wide, q.device) if calibration is None else calibration.to(wide)
     if config.selection == "recent" and block_indices is None and config.top_k:
         block_indices = recent_blocks(q, config, q_start)  # compiled code chooses by mass alone

@@ -20,12 +20,16 @@ from bsbr.config import BSBRConfig
 from bsbr.ops.triton.decode_kernels import _attend, _choose, _merge
 from bsbr.ops.triton.summaries import padded
 
-_PIECE_BYTES, _MOST_KEYS, _PIECES, _STAGES = 1 << 14, 64, 8, 3
-"""Largest piece of keys that is loaded at once, pieces that one program reads one after the other, and how many of
-them are on their way at once, with the one that is used."""
+_PIECE_BYTES, _MOST_KEYS, _STAGES = 1 << 14, 64, 5
+"""Largest piece of keys that is loaded at once, and stages of the loop over pieces: a block's number is loaded, then
+its keys, then they are used, so five stages are needed for two pieces on their way."""
 
-_TILE, _SPAN, _FAR_PARTS = 32, 1, 16
-"""Summaries read at once, tiles of them that one program scores, and the most parts the far field is cut into."""
+_PIECES, _TILE, _FAR_PARTS = 8, 32, 16
+"""Pieces of chosen blocks that one program reads one after the other, summaries read at once, and the most parts the
+far field is cut into: the same for every number of rows, so that a row's bits do not depend on its neighbours."""
+
+_SPAN, _MANY_COLUMNS = 4, 128
+"""Tiles of summaries that one program scores where this many columns keep the GPU busy; otherwise one."""
 
 
 class Held(NamedTuple):
@@ -74,6 +78,7 @@ def triton_decode(
     past_k, past_v = (held.own_k, held.own_v) if held.past_k is None else (held.past_k, held.past_v)
     mean_v, states = (held.meta if x is None else x for x in (held.mean_v, held.states))
     keys = min(_MOST_KEYS, config.unit, _PIECE_BYTES // (padded(width) * q.element_size()))
+    span = _SPAN if zs * columns >= _MANY_COLUMNS else 1
     exact = triton.cdiv(config.top_k * config.unit // keys, _PIECES) + config.block_size // keys
     far_parts = 0
     if config.far != "drop":
@@ -95,10 +100,10 @@ def triton_decode(
     }  # fmt: skip
     blocks = {"B": config.block_size, "UNIT": config.unit, "TOP_K": config.top_k}
     base = math.log2(math.e)
-    _choose[(zs, columns + triton.cdiv(room, _TILE * _SPAN))](
+    _choose[(zs, columns + triton.cdiv(room, _TILE * span))](
         q, k, v, held.own_k, held.own_v, held.meta, states, calibration, rows, lengths, counters, mass,
         peaks, chosen, bounds, read, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], heads, room, mass_lines,
-        scale * base, scale * scale / 2 * base, scale, BN=_TILE, SPAN=_SPAN, CP=column_tile,
+        scale * base, scale * scale / 2 * base, scale, BN=_TILE, SPAN=span, CP=column_tile,
         KP=most, TP=tiles, MOMENTS=config.far == "moments",
         STATE=config.state != "none", **blocks, **shared, num_warps=4,
     )  # fmt: skip
@@ -106,6 +111,7 @@ def triton_decode(
         q, held.own_k, held.own_v, past_k, past_v, mean_v, mass, chosen, bounds, rows, lengths, part_o, part_lse,
         *q.stride()[:3], heads, past_k.shape[2], room, mass_lines, scale * base, KEYS=keys, PIECES=_PIECES,
         STAGES=_STAGES, FAR=far_parts, BN=_TILE, WARPS=4, **blocks, **shared, num_warps=4,
+        maxnreg=128 if q.element_size() == 2 and width <= 128 else None,  # three programs share a multiprocessor
     )  # fmt: skip
     _merge[(zs * columns,)](
         part_o, part_lse, read, calibration, rows, lengths, o, heads, EXACT=exact, FAR=far_parts,

@@ -3,11 +3,7 @@
 import triton
 import triton.language as tl
 
-_ALWAYS, _NEVER = tl.constexpr(2**63 - 1), tl.constexpr(-(2**63))
-"""Above and below every `_ordered` number."""
-
-_NOWHERE = tl.constexpr(1 << 24)
-"""A tile after all tiles."""
+from bsbr.ops.triton.decode_search import bits_of, ordered, score_of, select
 
 
 @triton.jit
@@ -16,94 +12,6 @@ def _whose(z, heads, rows, EVERY: tl.constexpr):
     row = z // heads if EVERY else tl.load(rows + z // heads)
     row = row.to(tl.int64)
     return row, row * heads + z % heads
-
-
-@triton.jit
-def _bits(score):
-    """Integers in the order of the scores."""
-    bits = score.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _ordered(bits, n):
-    """One number for both: higher scores first, of equal ones the lower block, so no two of a column are equal."""
-    return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - n).to(tl.int64)
-
-
-@triton.jit
-def _place_of(key):
-    return 0x7FFFFFFF - (key & 0x7FFFFFFF).to(tl.int32)
-
-
-@triton.jit
-def _score_of(key):
-    bits = (key >> 32).to(tl.int32)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _largest(keys):
-    """The largest number of each row of some [CP, WIDE], [CP, 1]."""
-    best = keys[0]
-    for r in tl.static_range(1, len(keys)):
-        best = tl.maximum(best, keys[r])
-    return tl.max(best, 1, keep_dims=True)
-
-
-@triton.jit
-def _best(keys, COUNT: tl.constexpr, CP: tl.constexpr, WIDE: tl.constexpr):
-    """The COUNT largest numbers of each row, best first, [CP, WIDE]; the last of them and the next one, [CP, 1]."""
-    lane = tl.arange(0, WIDE)[None, :]
-    picked = tl.full([CP, WIDE], _NEVER, tl.int64)
-    last = tl.full([CP, 1], _ALWAYS, tl.int64)
-    for j in tl.static_range(COUNT):
-        last = _largest(keys)
-        left = ()
-        for r in tl.static_range(len(keys)):
-            left += (tl.where(keys[r] == last, _NEVER, keys[r]),)
-        keys = left
-        picked = tl.where(lane == j, last, picked)
-    return picked, last, _largest(keys)
-
-
-@triton.jit
-def _select(
-    mass, peaks, chosen, bounds, z, num, room, TOP_K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
-    BN: tl.constexpr, TP: tl.constexpr,
-):  # fmt: skip
-    """The best blocks of the columns of a key head, and the bounds of what is left to the far field.
-
-    The best TOP_K blocks lie in the TOP_K tiles of BN blocks whose largest mass is largest.
-    """
-    # numbers of a column come in a few rows, as many as a warp has threads: it finds their best without other warps
-    c, column = tl.arange(0, CP)[:, None], z.to(tl.int64) * C + tl.minimum(tl.arange(0, CP)[:, None], C - 1)
-    real = c < C
-    WIDE: tl.constexpr = max(32, KP)
-    lane, keys = tl.arange(0, WIDE)[None, :], ()
-    for r in tl.static_range(TP // WIDE):
-        t = r * WIDE + lane
-        own = _ordered(_bits(tl.load(peaks + column * TP + t, mask=t < tl.cdiv(num, BN), other=0.0)), t)
-        keys += (tl.where(t < tl.cdiv(num, BN), own, _NEVER),)
-    picked, last, rest = _best(keys, TOP_K, CP, WIDE)
-    if TOP_K > 0:
-        place = tl.where(picked == _NEVER, _NOWHERE, _place_of(picked))
-        tl.store(chosen + column * TOP_K + lane, place, mask=real & (lane < TOP_K))
-        tl.debug_barrier()
-        ROW: tl.constexpr = 32 if KP <= 8 else KP * BN  # many rows take the compiler minutes
-        lane, keys = tl.arange(0, ROW)[None, :], ()
-        for r in tl.static_range((TOP_K * BN + ROW - 1) // ROW):
-            i = r * ROW + lane
-            tile = tl.load(chosen + column * TOP_K + i // BN, mask=i < TOP_K * BN, other=_NOWHERE)
-            n = tile * BN + i % BN
-            own = _ordered(_bits(tl.load(mass + column * room + n, mask=n < num, other=0.0)), n)
-            keys += (tl.where(n < num, own, _NEVER),)
-        tl.debug_barrier()
-        picked, last, others = _best(keys, TOP_K, CP, ROW)
-        tl.store(chosen + column * TOP_K + lane, _place_of(picked), mask=real & (lane < TOP_K))
-        rest = tl.maximum(rest, others)
-    tl.store(bounds + column * 2, last, mask=real)
-    tl.store(bounds + column * 2 + 1, rest, mask=real)
 
 
 @triton.jit(do_not_specialize=["heads", "room", "mass_lines"])
@@ -174,7 +82,7 @@ def _choose(
         tl.debug_barrier()
         if tl.atomic_add(counters + z, 1) == tl.cdiv(num, SPAN * BN) - 1:
             tl.store(counters + z, 0)
-            _select(mass, peaks, chosen, bounds, z, num, mass_room, TOP_K, KP, C, CP, BN, TP)
+            select(mass, peaks, chosen, bounds, z, num, mass_room, TOP_K, KP, C, CP, BN, TP)
 
 
 @triton.jit
@@ -267,7 +175,7 @@ def _attend(
         for c in tl.static_range(C):
             below += (tl.load(bounds + (first_column + c) * 2),)
             # the largest mass that is left is known, so weights need no other scale
-            top += (_score_of(tl.load(bounds + (first_column + c) * 2 + 1)),)
+            top += (score_of(tl.load(bounds + (first_column + c) * 2 + 1)),)
             total += (tl.zeros([BN], tl.float32),)
             acc += (tl.zeros([WARPS, DP], tl.float32),)
         for start in range(begin, stop, BN):
@@ -279,7 +187,7 @@ def _attend(
                 scores += (tl.load(mass + (first_column + c) * mass_room + n, mask=n < stop, other=0.0),)
             new_total, new_acc = (), ()
             for c in tl.static_range(C):
-                left = (n < stop) & (_ordered(_bits(scores[c]), n) < below[c])
+                left = (n < stop) & (ordered(bits_of(scores[c]), n) < below[c])
                 weights = tl.where(left, tl.exp2(scores[c] - top[c]), 0.0)
                 new_total += (total[c] + weights,)
                 # each warp has every WARPS-th row of a tile: it adds up its own, and waits for no other until the end

@@ -18,7 +18,8 @@ def attend_all(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         o [B, T, HQ, D] in the dtype of q.
     """
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if _on_hopper(q) else SDPBackend.FLASH_ATTENTION):
-        o = scaled_dot_product_attention(*_heads_first(q, k, v), is_causal=True, scale=scale, enable_gqa=True)
+        q, k, v = _heads_first(q, k, v)
+        o = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     return o.transpose(1, 2)
 
 
