@@ -146,9 +146,9 @@ def decode(original: Any, converted: Any, length: int) -> dict[str, Any]:
             graph.replay()
 
             def replay(cache: Any = cache, graph: torch.cuda.CUDAGraph = graph) -> None:
+                graph.replay()
                 if isinstance(cache, BSBRCache):
                     cache.replayed()
-                graph.replay()
 
             times[f"{name}, graph"] = summary([_milliseconds(replay) for _ in range(24)][4:])
             del graph, replay

@@ -156,7 +156,8 @@ class BlockCache:
     def replayed(self) -> None:
         """Note that a CUDA graph of a step of one token was replayed: each row has one more.
 
-        Not for the first replay after a capture, whose token the capture has counted already.
+        To be called after a replay, since it summarises a block that the token filled; not after the first replay of a
+        capture, whose token the capture has counted already.
         """
         every = range(len(self.lengths))
         self._device_step.advance(every, 1)
