@@ -32,7 +32,7 @@ KERNELS = {
     "scores": ("_write_scores",),
     "search": ("_choose", "_strike"),
     "far and local field": ("_attend_past",),
-    "sort of pairs": ("_count", "_place"),
+    "sort of pairs": ("_count", "_cut", "_place"),
     "retrieved field": ("_attend",),
     "merge": ("_merge",),
     "retrieved field, backward": ("_pairs_backward",),
@@ -55,7 +55,7 @@ def main() -> None:
         tensors = draw(length, options.heads, options.key_heads, options.width)
         for name in options.passes:
             times = stage_times(make_call("bsbr", name, tensors, config))
-            least = work(length, options.heads, options.key_heads, options.width, config)
+            least = work(length, options.heads, options.key_heads, options.width, config, name != "forward")
             for stage, found in times.items():
                 gigabytes, teraflop = least.get(stage, (0.0, 0.0))
                 floor = 1e3 * max(gigabytes * 1e9 / BANDWIDTH, teraflop * 1e12 / RATE)
@@ -105,11 +105,13 @@ def by_stage(profiler: profile) -> dict[str, dict[str, Any]]:
     return dict(sorted(found.items(), key=lambda item: -item[1]["ms"]))
 
 
-def work(length: int, heads: int, key_heads: int, width: int, config: BSBRConfig) -> dict[str, tuple[float, float]]:
+def work(
+    length: int, heads: int, key_heads: int, width: int, config: BSBRConfig, backward: bool
+) -> dict[str, tuple[float, float]]:
     """What each stage must at least move (gigabytes) and compute (10^12 operations), intermediates of stages included.
 
     Every input and output of a stage passes through memory once, in the dtype it has there; masked halves of products
-    are not counted.
+    are not counted. With the backward pass summaries and the sort are done twice, and the dense prefix both ways.
     """
     dense, unit = min(length, dense_until(config)), config.unit
     position = torch.arange(dense, length, dtype=torch.float64)
@@ -120,15 +122,16 @@ def work(length: int, heads: int, key_heads: int, width: int, config: BSBRConfig
     keys, pairs, row = float(length * key_heads), queries * config.top_k, 2.0 * width
     triangle = dense * dense / 2 * heads * width
     states = blocks * width * width
+    often = 2 if backward else 1
     least = {
-        "dense prefix": (2 * dense * (heads + key_heads) * row, 4 * triangle),
-        "summaries": (2 * keys * row + 3 * states * 2, 2 * keys * width * width),
+        "dense prefix": (2 * often * dense * (heads + key_heads) * row, (14 if backward else 4) * triangle),
+        "summaries": (often * (2 * keys * row + 3 * states * 2), often * 2 * keys * width * width),
         "scores": (queries * row + past * 4.5, 4 * past * width),
         "search": (past / 2 + pairs * (32 + 4), 0.0),
         "far and local field": (
             2 * queries * row + past * 4, 2 * past * width + 2 * queries * width * width + 4 * local * width,
         ),
-        "sort of pairs": (pairs * 12, 0.0),
+        "sort of pairs": (often * pairs * 12, 0.0),
         "retrieved field": (2 * pairs * row, 4 * pairs * unit * width),
         "merge": ((pairs + 2 * queries) * row, 0.0),
         "retrieved field, backward": (3 * pairs * row, 10 * pairs * unit * width),
