@@ -83,6 +83,19 @@ def test_training_brings_the_model_nearer_and_moves_what_it_should(family, scope
         assert record["after"]["dense"]["kl"] == pytest.approx(0, abs=1e-9)
 
 
+def test_half_precision_is_refused_without_a_gpu(tokenizer, tmp_path):
+    config = recipe(precision="float16")
+    with pytest.raises(UserError, match="float16 needs a GPU"):
+        finetune(convert(original(), SPARSE), config, text=TEXT, tokenizer=tokenizer, output=tmp_path)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="float16 trains on a GPU")
+def test_half_precision_brings_the_model_nearer(tokenizer, tmp_path):
+    model, config = convert(original("llama"), SPARSE).cuda(), recipe(scope="all", precision="float16")
+    _, record = finetune(model, config, text=TEXT, tokenizer=tokenizer, output=tmp_path)
+    assert record["after"]["converted"]["kl"] < record["before"]["converted"]["kl"]
+
+
 def test_a_run_that_was_stopped_ends_where_an_unbroken_one_does(tokenizer, tmp_path, monkeypatch):
     model, config = convert(original(), SPARSE), recipe(transfer_tokens=64 * 4 * 3)
     whole, record = finetune(model, config, text=TEXT, tokenizer=tokenizer, output=tmp_path / "whole")

@@ -74,11 +74,14 @@ def finetune(
         The trained model in eval mode, and the content of `finetune.json`.
     Raises:
         UserError: the model is not converted with a BSBRConfig, a text is too short, the length is beyond the
-            model's positions, peft is missing for scope "lora", or `output` holds an unfinished run.
+            model's positions, float16 is wanted without a GPU, peft is missing for scope "lora", or `output` holds an
+            unfinished run.
         KeyboardInterrupt: on Ctrl-C, after a checkpoint has been written.
     """
     settings = _settings(model)
     check_length(model, config.length)
+    if config.precision == "float16" and model.device.type != "cuda":
+        raise UserError(f"precision float16 needs a GPU, the model is on {model.device}: use float32 or bfloat16")
     folder = Path(output)
     _check_output(folder, resume)
     train, val = _split(text, held_out, tokenizer, config)
@@ -264,6 +267,7 @@ def _arguments(
         warmup_steps=round(config.warmup_share * steps),
         max_grad_norm=config.clip,
         bf16=bfloat16,
+        fp16=config.precision == "float16",
         save_strategy="steps",
         save_steps=config.save_interval,
         save_total_limit=2,
@@ -283,7 +287,7 @@ def _arguments(
 def _products(config: FinetuneConfig) -> Iterator[None]:
     """Let products of float32 round to 10 bits where the recipe says so, on GPUs that can."""
     before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = before or config.precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = before or config.precision in ("tf32", "float16")
     try:
         yield
     finally:
