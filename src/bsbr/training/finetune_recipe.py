@@ -44,8 +44,8 @@ class FinetuneConfig:
     precision: str = "auto"
     """`bfloat16` (autocast, float32 weights), `float16` (the same with 10 bits in place of 7 and a scaled loss, on a
     GPU), `tf32` (float32 but for the products of an NVIDIA GPU, which round to 10 bits; slower, since the sparse
-    kernels are for 16 bits), `float32`, or `auto`: bfloat16 on CUDA, float32 elsewhere. A model that is near its original already
-    needs more than bfloat16's bits: there the rounding of the student weighs more than what the two differ by."""
+    kernels are for 16 bits), `float32`, or `auto`: bfloat16 on CUDA, float32 elsewhere. A model that is near its
+    original already needs more than bfloat16's bits: the rounding of the student weighs more than the difference."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass; stage 1 has few and never does."""
     eval_interval: int = 50
