@@ -14,9 +14,14 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
-FILES = ("attention_gpu_long.json", "attention_gpu_million.json", "attention_gpu.json")
+FILES = ("attention_gpu_million.json", "attention_gpu_long.json", "attention_gpu.json")
 STAGES = "stages_gpu.json"
-NAMES = {"bsbr": "BSBR", "sdpa-cudnn": "cuDNN", "sdpa-flash": "FlashAttention-2"}
+NAMES = {
+    "bsbr": "BSBR",
+    "far field dropped": "far field dropped, as in MoBA",
+    "sdpa-cudnn": "cuDNN",
+    "sdpa-flash": "FlashAttention-2",
+}
 
 
 def main() -> None:
@@ -26,15 +31,17 @@ def main() -> None:
     figure, axes = plt.subplots(2, 2, figsize=(10, 8), sharex=True)
     for column, name in enumerate(("forward", "forward+backward")):
         times = collect(options.results, name)
-        exponents = load(options.results, FILES[0 if name == "forward" else 2])["exponents"]
-        for contender, points in times.items():
+        exponents = load(options.results, FILES[1 if name == "forward" else 2])["exponents"]
+        for number, contender in enumerate(NAMES):
+            points = times.get(contender, {})
             lengths = sorted(points)
-            label = f"{NAMES[contender]}, exponent {exponents[f'{name}, {contender}']:.2f}"
-            axes[0, column].loglog(lengths, [points[n] for n in lengths], "o-", label=label)
-            if contender != "bsbr":
+            exponent = exponents.get(f"{name}, {contender}")
+            label = NAMES[contender] + (f", exponent {exponent:.2f}" if exponent else "")
+            axes[0, column].loglog(lengths, [points[n] for n in lengths], "o-", color=f"C{number}", label=label)
+            if contender.startswith("sdpa"):
                 common = [n for n in lengths if n in times["bsbr"]]
                 ratios = [points[n] / times["bsbr"][n] for n in common]
-                axes[1, column].loglog(common, ratios, "o-", label=f"against {NAMES[contender]}")
+                axes[1, column].loglog(common, ratios, "o-", color=f"C{number}", label=f"against {NAMES[contender]}")
         axes[0, column].set(title=name, ylabel="milliseconds")
         axes[1, column].axhline(1, color="grey", linewidth=1)
         axes[1, column].set(xlabel="tokens", ylabel="times as fast")
@@ -54,7 +61,7 @@ def draw_stages(document: dict[str, Any], output: Path) -> None:
     names = [name for name in ("forward", "forward+backward") if any(row["pass"] == name for row in rows)]
     figure, axes = plt.subplots(1, len(names), figsize=(6.5 * len(names), 5), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
-        own = [row for row in rows if row["length"] == longest and row["pass"] == name and row["stage"] != "the rest"]
+        own = [row for row in rows if row["length"] == longest and row["pass"] == name and row["floor_ms"] > 0]
         own.sort(key=lambda row: row["time_ms"])
         places = range(len(own))
         axis.barh(places, [row["time_ms"] for row in own], color="lightsteelblue", label="measured")
@@ -65,7 +72,7 @@ def draw_stages(document: dict[str, Any], output: Path) -> None:
             axis.text(row["time_ms"], place, f"  {row['reached']:.0%} of {bound}", va="center", fontsize=8)
         axis.set_yticks(places, [row["stage"] for row in own])
         axis.set(title=f"{name}, {longest:,} tokens", xlabel="milliseconds")
-        axis.set_xlim(0, 1.25 * own[-1]["time_ms"])
+        axis.set_xlim(0, 1.35 * own[-1]["time_ms"])
         axis.legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(output, metadata={"Date": None})

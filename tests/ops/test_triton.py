@@ -47,6 +47,7 @@ WIDE = {
     "32 with 16": (BSBRConfig(block_size=32, top_k=16, dense_below=0), (1, 1300, 4, 1, 64), 600),
     "256": (BSBRConfig(block_size=256, top_k=2, dense_below=0), (1, 1800, 4, 2, 64), 0),
     "wide heads": (BSBRConfig(block_size=128, top_k=2, dense_below=0), (1, 1000, 2, 1, 256), 0),
+    "dense text": (BSBRConfig(block_size=128, top_k=4, dense_below=1024), (2, 700, 8, 2, 128), 0),
 }  # fmt: skip
 
 
@@ -101,6 +102,18 @@ def check_gradients(case: Case, dtype: torch.dtype, tolerance: float) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_values_stay_within_the_forward_error_bound(name):
     check_values(draw(name), torch.float32)
+
+
+@runs_kernels
+@pytest.mark.parametrize("name", ["plain", "units, rows, dense prefix"])
+def test_tiles_as_large_as_those_of_16_bit_input(name, monkeypatch):
+    """Smaller ones are for float32; these also hold several heads of a key head."""
+    from bsbr.ops.triton import operator
+
+    smaller = operator.make_problem
+    monkeypatch.setattr(operator, "make_problem", lambda *sizes: smaller(*sizes)._replace(most_rows=64))
+    check_values(draw(name), torch.float32)
+    check_gradients(draw(name), torch.float32, 5e-6)
 
 
 @runs_kernels

@@ -28,7 +28,7 @@ _PIECES, _TILE, _FAR_PARTS = 8, 32, 16
 """Pieces of chosen blocks that one program reads one after the other, summaries read at once, and the most parts the
 far field is cut into: the same for every number of rows, so that a row's bits do not depend on its neighbours."""
 
-_SPAN, _MANY_COLUMNS = 4, 128
+_SPAN, _MANY_COLUMNS = 2, 128
 """Tiles of summaries that one program scores where this many columns keep the GPU busy; otherwise one."""
 
 
