@@ -1,0 +1,25 @@
+#!/bin/sh
+# The GPU figures of README and docs/log.md, one file after the other, on an otherwise idle GPU: about eight minutes on one H200,
+# of which most is compiling; TRITON_CACHE_DIR keeps what was compiled. Most wanted first.
+#   sh benchmarks/kernels_gpu.sh OUTPUT
+set -u
+output=$1
+mkdir -p "$output"
+
+attention() { # file, then options
+    file=$1
+    shift
+    python3 benchmarks/attention_gpu.py --budget 0.3 "$@" --output "$output/$file.json"
+}
+
+attention attention_gpu --drop --passes forward forward+backward --lengths 32768 131072 8192 16384 4096 12288 65536
+attention attention_gpu_long --lengths 262144 524288 16384 32768 65536 131072 1048576 --longest-peer 262144
+python3 -m benchmarks.decode_gpu --output "$output/decode_gpu.json"
+python3 -m benchmarks.stages_gpu --lengths 8192 32768 131072 --passes forward forward+backward --output "$output/stages_gpu.json"
+attention attention_gpu_b64 --block-size 64 --top-k 16 --passes forward forward+backward --peers sdpa-cudnn \
+    --lengths 131072 65536 32768 16384
+attention attention_gpu_mha64 --heads 32 --key-heads 32 --width 64 --passes forward forward+backward --peers sdpa-cudnn \
+    --lengths 131072 65536 32768 16384
+attention attention_gpu_million --lengths 1048576 --peers sdpa-flash --warm-until 524288
+attention attention_gpu_flex --drop --flex-until 32768 --lengths 32768
+python3 -m benchmarks.model_gpu --output "$output/model_gpu.json"
