@@ -47,7 +47,7 @@ def test_work_that_cannot_fit_is_refused_before_it_allocates(
     text = str(given / "text.txt")
     train = ["pretrain", "--text", text, "--val", text, "--output", str(tmp_path / "out"), "--tokens", "2048"]
     assert main([*train, "--hidden", "4000000", "--device", "cpu"]) == 3
-    assert "Lower --hidden, --layers or --context" in capsys.readouterr().err
+    assert "Lower --hidden, --layers or --batch-tokens" in capsys.readouterr().err
     assert main(["benchmark", "--output", str(tmp_path / "b"), "--lengths", "9999999999"]) == 3
     assert "Lower --lengths" in capsys.readouterr().err
     monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
@@ -55,13 +55,17 @@ def test_work_that_cannot_fit_is_refused_before_it_allocates(
     assert "Use --dtype bfloat16 or a smaller model" in capsys.readouterr().err
 
 
-def test_the_estimate_of_training_is_the_model_itself() -> None:
+def test_the_estimate_of_training_is_the_model_itself_and_what_a_pass_keeps() -> None:
     from bsbr.training.build import build_model
 
-    config = PretrainConfig(layers=2, heads=2, hidden=32, context=64, batch_tokens=64, tokens=1)
-    model = build_model(config, 300)
-    parameters = sum(p.numel() for p in model.parameters()) - 300 * 32
-    assert config.least_bytes() == 12 * parameters
+    sizes = {"layers": 2, "heads": 2, "hidden": 32, "context": 64, "tokens": 1}
+    config = PretrainConfig(batch_tokens=64, **sizes)
+    parameters = sum(p.numel() for p in build_model(config, 300).parameters()) - 300 * 32
+    kept = 4 * 20 * 64 * 2 * 32
+    assert config.least_bytes() == 12 * parameters + kept
+    assert PretrainConfig(batch_tokens=64, optimizer="adamw", **sizes).least_bytes() == 16 * parameters + kept
+    halved = PretrainConfig(batch_tokens=256, accumulation=4, **sizes)
+    assert halved.least_bytes() == config.least_bytes()
 
 
 @pytest.mark.parametrize(

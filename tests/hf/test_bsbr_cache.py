@@ -190,7 +190,8 @@ def test_one_prompt_can_be_read_once_and_continued_many_times(tiny, tokens, logi
     copied.batch_repeat_interleave(3)
     found = logits(converted, ids[:, 40:], past_key_values=copied, use_cache=True)
     assert_same(found, whole[:, 40:])
-    copied.crop(-20)
+    copied.crop(torch.tensor(-20))  # as transformers 5.17 does; nothing of it may stay in the cache
+    assert all(type(length) is int for layer in copied.layers for length in layer.blocks.lengths)
     copied.batch_select_indices(torch.tensor([False, True, True]))
     assert_same(logits(converted, ids[1:, 40:], past_key_values=copied, use_cache=True), whole[1:, 40:])
     assert_same(logits(converted, ids[:1, 40:], past_key_values=cache, use_cache=True), whole[:1, 40:])

@@ -44,7 +44,7 @@ FAULTS = {fault.name: fault for fault in LIST}
 INTERPRETED = ("ops/test_triton.py", "ops/test_triton_decode.py")
 """What these files' own test does in a process of its own is done at once: run interpreted where there is no GPU."""
 PATIENCE_S = 600
-_FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+?)(?: - .*)?$", re.MULTILINE)
+_FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 
 
 def check_list(root: Path = ROOT) -> None:

@@ -70,12 +70,15 @@ def save_checkpoint(
     try:
         temporary.mkdir(parents=True)
         _check_room(folder, tensors)
-        files = {f"{name}.safetensors": save(_portable(group)) for name, group in tensors.items()}
-        files["state.json"] = (json.dumps(dict(state), indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
         manifest: dict[str, Any] = {"format": _FORMAT, "step": step, "files": {}}
-        for name, content in files.items():
+
+        def write(name: str, content: bytes) -> None:
             write_atomic(temporary / name, content)
             manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+        for name, group in tensors.items():  # one at a time, so that only one is in memory twice
+            write(f"{name}.safetensors", save(_portable(group)))
+        write("state.json", (json.dumps(dict(state), indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
         write_json(temporary / "manifest.json", manifest)
         os.rename(temporary, target)
         sync_folder(folder)
@@ -175,8 +178,16 @@ def _candidates(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _portable(group: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    # A clone each: safetensors refuses tensors that share memory, as tied weights do.
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in group.items()}
+    """On the CPU, each in memory of its own: safetensors refuses tensors that share it, as tied weights do."""
+    found: dict[str, torch.Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in group.items():
+        own = tensor.detach().cpu().contiguous()
+        if own.untyped_storage().data_ptr() in taken or own.untyped_storage().nbytes() != own.nbytes:
+            own = own.clone()
+        taken.add(own.untyped_storage().data_ptr())
+        found[name] = own
+    return found
 
 
 def _check_room(folder: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:

@@ -87,7 +87,9 @@ def run_pretrain(
     _check_sources(config, text, val, tokenizer, samples)
     _check_output(output, resume)
     if place.type == "cpu":
-        require_memory(config.least_bytes(), "training", "Lower --hidden, --layers or --context")
+        require_memory(
+            config.least_bytes(), "training", "Lower --hidden, --layers or --batch-tokens, or raise --accumulation"
+        )
     with join_processes(place) as processes, TrainingProgress(_voice(console, processes)) as progress:
         if processes.first:
             check_writable(output)
