@@ -1,6 +1,7 @@
 """Memory is asked for before it is taken, and an error of it says what to change."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,13 +56,15 @@ def test_work_that_cannot_fit_is_refused_before_it_allocates(
     assert "Use --dtype bfloat16 or a smaller model" in capsys.readouterr().err
 
 
-def test_the_estimate_of_training_is_the_model_itself() -> None:
-    from bsbr.training.build import build_model
+@pytest.mark.parametrize(
+    "changes", [{}, {"architecture": "llama", "kv_heads": 1}, {"attention": {"mixer": "gated_delta"}}]
+)
+def test_the_estimate_of_training_is_the_model_itself(changes: dict[str, Any]) -> None:
+    from bsbr.training.build import build_model, least_bytes
 
-    config = PretrainConfig(layers=2, heads=2, hidden=32, context=64, batch_tokens=64, tokens=1)
-    model = build_model(config, 300)
-    parameters = sum(p.numel() for p in model.parameters()) - 300 * 32
-    assert config.least_bytes() == 12 * parameters
+    config = PretrainConfig(layers=2, heads=2, hidden=32, context=64, batch_tokens=64, tokens=1, **changes)
+    model = build_model(config, 257)
+    assert least_bytes(config) == 12 * sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from bsbr.manifest import write_manifest
 from bsbr.memory import require_memory
 from bsbr.training.batches import Batches, TaskBatches, TextBatches
 from bsbr.training.board import Board
-from bsbr.training.build import build_model
+from bsbr.training.build import build_model, least_bytes
 from bsbr.training.checkpoint import remove_unfinished
 from bsbr.training.corpus import Corpus, prepare_corpus, save_tokenizer
 from bsbr.training.language_model import HeldOut, save_model
@@ -87,7 +87,7 @@ def run_pretrain(
     _check_sources(config, text, val, tokenizer, samples)
     _check_output(output, resume)
     if place.type == "cpu":
-        require_memory(config.least_bytes(), "training", "Lower --hidden, --layers or --context")
+        require_memory(least_bytes(config), "training", "Lower --hidden, --layers or --context")
     with join_processes(place) as processes, TrainingProgress(_voice(console, processes)) as progress:
         if processes.first:
             check_writable(output)

@@ -114,21 +114,6 @@ class PretrainConfig:
         good = self.accumulation >= 1 and windows % self.accumulation == 0
         _require("accumulation", self.accumulation, good, f"a divisor of the {windows} windows of a step")
 
-    def least_bytes(self) -> int:
-        """Memory that training takes at the least: weights, gradients and one moment of each, in float32.
-
-        The vocabulary is left out, since a small text yields a smaller one than asked for.
-
-        Returns:
-            Bytes.
-
-        Example:
-            >>> PretrainConfig(layers=1, heads=1, hidden=1, context=1, batch_tokens=1, tokens=1).least_bytes()
-            336
-        """
-        block = 12 * self.hidden**2 + 13 * self.hidden
-        return 3 * 4 * (self.layers * block + (self.context + 2) * self.hidden)
-
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON has them, lists for tuples."""
         values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
