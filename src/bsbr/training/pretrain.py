@@ -53,6 +53,7 @@ def run_pretrain(
     resume: bool = False,
     device: str = "auto",
     samples: Sequence[str] = (),
+    workers: int = 0,
     log_to_tensorboard: bool = False,
     console: "Console | None" = None,
 ) -> dict[str, Any]:
@@ -74,6 +75,8 @@ def run_pretrain(
         resume: continue from the newest whole checkpoint in `output`, to the weights of an unbroken run.
         device: `auto` (CUDA when there is one), `cpu`, `cuda` ...
         samples: prompts that are continued at each held-out loss.
+        workers: processes that make a task's examples ahead of time; with any, a script needs the usual guard,
+            `if __name__ == "__main__":`.
         log_to_tensorboard: write the curves into `output/tensorboard` too.
         console: where progress is shown; standard error when None.
     Returns:
@@ -104,7 +107,7 @@ def run_pretrain(
             )  # fmt: skip
             if processes.first and (tokenizer is None or Path(tokenizer) != output):  # what was read there is there
                 save_tokenizer(corpus.tokenizer, output)
-        batches, vocab = _batches(config, corpus, place)
+        batches, vocab = _batches(config, corpus, place, workers)
         model = build_model(config, vocab)
         _check_share(config, processes)
         torch.nn.Module.to(model, place)
@@ -152,12 +155,12 @@ def _finish(
     return record
 
 
-def _batches(config: PretrainConfig, corpus: Corpus | None, place: torch.device) -> tuple[Batches, int]:
+def _batches(config: PretrainConfig, corpus: Corpus | None, place: torch.device, workers: int) -> tuple[Batches, int]:
     """Where batches come from, and how many tokens the vocabulary has."""
     if corpus is not None:
         return TextBatches(corpus, config, total_steps(config)), len(corpus.tokenizer)
     task = TaskConfig.from_dict({**(config.task or {}), "length": config.context})
-    return TaskBatches(task, config, total_steps(config), place), task.vocab
+    return TaskBatches(task, config, total_steps(config), place, workers=workers), task.vocab
 
 
 def _sample(
