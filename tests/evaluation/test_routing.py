@@ -8,11 +8,11 @@ import torch
 
 from bsbr import BSBRConfig, convert
 from bsbr.evaluation import routing
-from bsbr.evaluation.routing import Oracle, Random, Recent, route, true_log_mass
+from bsbr.evaluation.routing import OneDraw, Oracle, Random, Recent, route, true_log_mass
 from bsbr.ops import bsbr_attention
 from bsbr.peers import full_attention
 
-CHOICES = (Oracle(), Random(), Recent())
+CHOICES = (Oracle(), Random(), OneDraw(), Recent())
 CONFIGS = (
     BSBRConfig(block_size=8, top_k=2, dense_below=0),
     BSBRConfig(block_size=8, retrieval_block_size=4, top_k=3, dense_below=0),

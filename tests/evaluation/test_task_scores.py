@@ -9,6 +9,7 @@ from bsbr import BSBRConfig, convert
 from bsbr.data.tasks import TaskConfig
 from bsbr.data.tasks.config import OPEN
 from bsbr.errors import UserError
+from bsbr.evaluation.routing import OneDraw
 from bsbr.evaluation.tasks import controls, score_task
 
 
@@ -75,6 +76,22 @@ def test_controls_read_what_they_say(tiny_gpt2):
     off = controls(sparse)["retrieval_off"](changed, use_cache=False).logits
     assert torch.equal(off[0, 8:], found["retrieval_off"][0, 8:])
     assert not torch.equal(found["random_blocks"], sparse(ids, use_cache=False).logits)
+
+
+def test_nothing_leaves_blocks_that_were_not_drawn(tiny_gpt2):
+    config = BSBRConfig(block_size=8, top_k=2, dense_below=0)
+    random = controls(convert(tiny_gpt2, config), seed=1)["random_blocks"]
+    ids = torch.randint(64, (1, 64), generator=torch.Generator().manual_seed(0))
+    states = torch.zeros(1, 64, 2, 8)
+    chosen = OneDraw(1)(states, states, config, scale=1.0, layer=0)[0, :, 0]
+    drawn = chosen[-1].tolist()
+    assert chosen[2 * 8].tolist() == [0, 1]
+    before = random(ids, use_cache=False).logits
+    for block in range(7):
+        changed = ids.clone()
+        changed[0, 8 * block] = (changed[0, 8 * block] + 1) % 64
+        after = random(changed, use_cache=False).logits
+        assert torch.equal(after[0, 56:], before[0, 56:]) is (block not in (*drawn, 0, 1))
 
 
 def test_controls_are_of_block_retrieval(tiny_gpt2):

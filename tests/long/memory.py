@@ -27,6 +27,7 @@ from bsbr.evaluation.speed import peak_bytes
 from bsbr.hf.loading import load_model
 from bsbr.hf.model_files import check_weights
 from bsbr.hf.positions import extend_positions
+from bsbr.training.build import least_bytes
 from bsbr.training.calibrate import calibrate
 from bsbr.training.pretrain import PretrainConfig, run_pretrain
 
@@ -108,7 +109,7 @@ def cases(place: Path) -> dict[str, tuple[Callable[[], object], int]]:
             config, text=source, val=source, output=place / f"out {name}", device="cpu",
             console=Console(file=io.StringIO()),
         )  # fmt: skip
-        found[f"train, {name}"] = work, config.least_bytes()
+        found[f"train, {name}"] = work, least_bytes(config)
     return found
 
 

@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sample", metavar="PROMPT", nargs="*", default=[], help="continue these at each held-out loss"
     )
+    parser.add_argument("--workers", type=int, default=0, help="processes that make a task's examples ahead of time")
     parser.add_argument("--log-to", nargs="*", default=[], choices=["tensorboard"], help="where else the curves go")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     )  # fmt: skip
     record = run_pretrain(
         config, text=args.text, val=args.val, output=args.output, tokenizer=args.tokenizer, resume=args.resume,
-        device=args.device, samples=args.sample, log_to_tensorboard="tensorboard" in args.log_to,
+        device=args.device, samples=args.sample, workers=args.workers, log_to_tensorboard="tensorboard" in args.log_to,
     )  # fmt: skip
     if record:  # on the first process
         print(render_pretraining(args.output))

@@ -102,6 +102,34 @@ class Random:
 
 
 @dataclass(frozen=True)
+class OneDraw:
+    """Past blocks drawn once for a text, without looking: all layers, heads and queries read these.
+
+    With other blocks for each query, tokens that happen to read a fact pass it on in the next layer, and few layers
+    are enough for every token to know it. Here, with `far="drop"`, nothing leaves blocks that are neither drawn nor,
+    as long as too few of those drawn are past, the first of the text.
+    """
+
+    seed: int = 0
+    """Of the draw; the text is not looked at."""
+
+    def __call__(self, q: Tensor, k: Tensor, config: BSBRConfig, *, scale: float, layer: int) -> Tensor:
+        """Choose; see `Choice`."""
+        past = _past(torch.arange(q.shape[1], device=q.device), config)
+        block = torch.arange(int(past[-1]), device=q.device)
+        generator = torch.Generator(device=q.device).manual_seed(self.seed)
+        rank = torch.rand(len(q), len(block), generator=generator, device=q.device)
+        place = rank.argsort(1).argsort(1)  # of each block in the draw
+        worth = torch.where(place < config.top_k, 1, -block)
+
+        def scores(start: int, stop: int, blocks: int) -> Tensor:
+            each = worth[:, None, :blocks, None].expand(-1, q.shape[2] // k.shape[2], -1, stop - start)
+            return each.repeat_interleave(k.shape[2], 0).float()
+
+        return _choose(q, k.shape[2], config, scores)
+
+
+@dataclass(frozen=True)
 class Recent:
     """The blocks just before the own one: with `far="drop"`, a local window of the same token budget."""
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from bsbr.config import BSBRConfig
 from bsbr.data.tasks import TaskConfig, generate
 from bsbr.errors import UserError
-from bsbr.evaluation.routing import Random, route
+from bsbr.evaluation.routing import OneDraw, route
 from bsbr.evaluation.statistics import Estimate, wilson
 from bsbr.hf.convert import convert
 from bsbr.hf.mixers import read_settings
@@ -101,8 +101,9 @@ def controls(model: PreTrainedModel, seed: int = 0) -> dict[str, PreTrainedModel
         model: converted with a BSBRConfig.
         seed: of the random blocks.
     Returns:
-        `retrieval_off`: the own block and nothing else; `random_blocks`: blocks drawn at random are read exactly and
-        the others left out, so that an answer is known only when its block happened to be drawn; `summaries_only`:
+        `retrieval_off`: the own block and nothing else; `random_blocks`: blocks drawn at random, once
+        for a text, are read exactly and the others left out, so that an answer is known only when its block happened to
+        be drawn or is one of the first `top_k`; `summaries_only`:
         no block is read exactly, but all by their summaries.
     Raises:
         UserError: the model has another attention.
@@ -113,7 +114,7 @@ def controls(model: PreTrainedModel, seed: int = 0) -> dict[str, PreTrainedModel
     without = replace(settings, far="drop", state="none", dense_below=0, top_k_per_head=None)
     return {
         "retrieval_off": convert(model, replace(without, top_k=0)),
-        "random_blocks": route(convert(model, without), Random(seed)),
+        "random_blocks": route(convert(model, without), OneDraw(seed)),
         "summaries_only": convert(model, replace(settings, top_k=0, dense_below=0, top_k_per_head=None)),
     }
 

@@ -13,12 +13,15 @@ from bsbr.hf.families import bypass_message, dispatches, stock_classes
 from bsbr.hf.mixers import MIXERS, MixerConfig, write_settings
 from bsbr.hf.positions import max_positions
 from bsbr.hf.scratch import build_model as build_peer
-from bsbr.hf.scratch import match_parameters
+from bsbr.hf.scratch import count_parameters, match_parameters
 from bsbr.peers import FullConfig, make
 from bsbr.training.recipe import PretrainConfig
 
 _DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop", "dropout", "attention_dropout", "hidden_dropout",
              "activation_dropout", "layerdrop", "resid_dropout", "embedding_dropout")  # fmt: skip
+
+_LEAST_VOCAB = 257
+"""The bytes and `<|endoftext|>`."""
 
 
 def parse_attention(text: str, seed: int = 0) -> dict[str, Any] | None:
@@ -65,10 +68,7 @@ def build_model(config: PretrainConfig, vocab: int) -> PreTrainedModel:
         UserError: the architecture is unknown, does not call transformers' attention interface, or has fewer
             positions or tokens than the recipe needs.
     """
-    family = _family_config(config, vocab)
-    attention = attention_of(config)
-    if config.match_parameters:
-        family = match_parameters(family, attention)
+    family, attention = _family_and_attention(config, vocab)
     if isinstance(attention, FullConfig):
         family._attn_implementation = "sdpa"
         with torch.random.fork_rng(devices=[]):
@@ -80,6 +80,39 @@ def build_model(config: PretrainConfig, vocab: int) -> PreTrainedModel:
     if available is not None and available < config.context:
         raise UserError(f"context = {config.context}: the architecture has {available} learned positions. Take fewer")
     return model
+
+
+def least_bytes(config: PretrainConfig) -> int:
+    """Memory that training takes at the least, in float32.
+
+    1. Weights, gradients and the optimizer's moments: one of each with Muon, two with AdamW.
+    2. What a pass keeps for its gradients: about 20 numbers a token, layer and channel.
+
+    The seconds in which a checkpoint is written are left out. benchmarks/results/reliability/memory.json holds the
+    estimate beside measured peaks.
+
+    Args:
+        config: the recipe; a text's vocabulary counts as the smallest there is, since a small text yields a smaller one
+            than asked for.
+    Returns:
+        Bytes.
+    Raises:
+        UserError: no such architecture.
+
+    Example:
+        >>> least_bytes(PretrainConfig(layers=1, heads=1, hidden=1, context=1, batch_tokens=1, tokens=1))
+        3500
+    """
+    vocab = _LEAST_VOCAB if config.task is None else int(config.task["vocab"])
+    family, attention = _family_and_attention(config, vocab)
+    weights = count_parameters(family, None if isinstance(attention, FullConfig) else attention)
+    kept = 20 * (config.batch_tokens // config.accumulation) * family.num_hidden_layers * family.hidden_size
+    return 4 * ((3 if config.optimizer == "muon" else 4) * weights + kept)
+
+
+def _family_and_attention(config: PretrainConfig, vocab: int) -> tuple[PreTrainedConfig, MixerConfig]:
+    family, attention = _family_config(config, vocab), attention_of(config)
+    return (match_parameters(family, attention) if config.match_parameters else family), attention
 
 
 def attention_of(config: PretrainConfig) -> MixerConfig:

@@ -20,7 +20,7 @@ from bsbr.manifest import write_manifest
 from bsbr.memory import require_memory
 from bsbr.training.batches import Batches, TaskBatches, TextBatches
 from bsbr.training.board import Board
-from bsbr.training.build import build_model
+from bsbr.training.build import build_model, least_bytes
 from bsbr.training.checkpoint import remove_unfinished
 from bsbr.training.corpus import Corpus, prepare_corpus, save_tokenizer
 from bsbr.training.language_model import HeldOut, save_model
@@ -53,6 +53,7 @@ def run_pretrain(
     resume: bool = False,
     device: str = "auto",
     samples: Sequence[str] = (),
+    workers: int = 0,
     log_to_tensorboard: bool = False,
     console: "Console | None" = None,
 ) -> dict[str, Any]:
@@ -74,6 +75,8 @@ def run_pretrain(
         resume: continue from the newest whole checkpoint in `output`, to the weights of an unbroken run.
         device: `auto` (CUDA when there is one), `cpu`, `cuda` ...
         samples: prompts that are continued at each held-out loss.
+        workers: processes that make a task's examples ahead of time; with any, a script needs the usual guard,
+            `if __name__ == "__main__":`.
         log_to_tensorboard: write the curves into `output/tensorboard` too.
         console: where progress is shown; standard error when None.
     Returns:
@@ -88,7 +91,7 @@ def run_pretrain(
     _check_output(output, resume)
     if place.type == "cpu":
         require_memory(
-            config.least_bytes(), "training", "Lower --hidden, --layers or --batch-tokens, or raise --accumulation"
+            least_bytes(config), "training", "Lower --hidden, --layers or --batch-tokens, or raise --accumulation"
         )
     with join_processes(place) as processes, TrainingProgress(_voice(console, processes)) as progress:
         if processes.first:
@@ -106,7 +109,7 @@ def run_pretrain(
             )  # fmt: skip
             if processes.first and (tokenizer is None or Path(tokenizer) != output):  # what was read there is there
                 save_tokenizer(corpus.tokenizer, output)
-        batches, vocab = _batches(config, corpus, place)
+        batches, vocab = _batches(config, corpus, place, workers)
         model = build_model(config, vocab)
         _check_share(config, processes)
         torch.nn.Module.to(model, place)
@@ -154,12 +157,12 @@ def _finish(
     return record
 
 
-def _batches(config: PretrainConfig, corpus: Corpus | None, place: torch.device) -> tuple[Batches, int]:
+def _batches(config: PretrainConfig, corpus: Corpus | None, place: torch.device, workers: int) -> tuple[Batches, int]:
     """Where batches come from, and how many tokens the vocabulary has."""
     if corpus is not None:
         return TextBatches(corpus, config, total_steps(config)), len(corpus.tokenizer)
     task = TaskConfig.from_dict({**(config.task or {}), "length": config.context})
-    return TaskBatches(task, config, total_steps(config), place), task.vocab
+    return TaskBatches(task, config, total_steps(config), place, workers=workers), task.vocab
 
 
 def _sample(

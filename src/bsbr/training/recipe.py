@@ -114,27 +114,6 @@ class PretrainConfig:
         good = self.accumulation >= 1 and windows % self.accumulation == 0
         _require("accumulation", self.accumulation, good, f"a divisor of the {windows} windows of a step")
 
-    def least_bytes(self) -> int:
-        """Memory that training takes at the least, in float32.
-
-        1. Weights, gradients and the optimizer's moments: one of each with Muon, two with AdamW.
-        2. What a pass keeps for its gradients: about 20 numbers a token, layer and channel.
-
-        The vocabulary is left out, since a small text yields a smaller one than asked for, and so are the seconds in
-        which a checkpoint is written. benchmarks/results/reliability/memory.json holds it beside measured peaks.
-
-        Returns:
-            Bytes.
-
-        Example:
-            >>> PretrainConfig(layers=1, heads=1, hidden=1, context=1, batch_tokens=1, tokens=1).least_bytes()
-            416
-        """
-        block = 12 * self.hidden**2 + 13 * self.hidden
-        weights = self.layers * block + (self.context + 2) * self.hidden
-        kept = 20 * self.batch_tokens // self.accumulation * self.layers * self.hidden
-        return 4 * ((3 if self.optimizer == "muon" else 4) * weights + kept)
-
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON has them, lists for tuples."""
         values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
