@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 OUTPUT ?= results
 WORKERS ?= 2
 LONG ?= numerics selection gradients lengths poison causality isolation faults \
-  kills disk_full damage bad_input headers browser replays dependencies ragged soak
+  kills disk_full damage bad_input headers browser replays dependencies memory ragged soak
 
 .PHONY: evaluate test test-long check lint lock setup setup-dev clean
 

@@ -32,11 +32,12 @@ from bsbr.training.calibrate import calibrate
 from bsbr.training.pretrain import PretrainConfig, run_pretrain
 
 ROOT = Path(__file__).parents[2]
-FEW = 1.25
-"""How far above its estimate the peak of what is well known may be: loading and positions."""
-LARGE = 300e6
-"""Training that peaks above this many bytes has to stay within `MANY` times its estimate."""
-MANY = 2.5
+SLACK = 1.05
+"""What is asked for may be this much above the peak: some of the pages were in memory before."""
+CLOSE = 1.1
+"""How far above it the peak of what is well known may be: loading and positions."""
+LARGE, MANY = 300e6, 6.0
+"""Training that peaks above so many bytes has to stay within so many times what it asks for, a floor."""
 TRAINING = {
     "width 512": {"hidden": 512},
     "width 768": {"hidden": 768},
@@ -50,8 +51,8 @@ TRAINING = {
 SHAPES = {
     "GPT-2 of 60 M": (768, 6),
     "GPT-2 of 150 M": (1024, 10),
-    "Llama of 60 M": (768, 6),
-    "Llama of 190 M": (1280, 8),
+    "Llama of 84 M": (768, 6),
+    "Llama of 248 M": (1280, 8),
 }
 
 
@@ -151,13 +152,14 @@ def touch(loaded: Any) -> None:
         parameter.detach().float().sum()
 
 
-def fault(name: str, peak: int, asked: int) -> str:
+def fault(name: str, peak: float, asked: float) -> str:
     """What is wrong with an estimate, "" for nothing."""
-    if peak < asked:
+    pages = 2 * asked if name.endswith("bfloat16") else 0  # of the float32 file, which the system can take back
+    if asked > SLACK * peak:
         return f"{name}: {asked / 1e6:.0f} MB are asked for and {peak / 1e6:.0f} MB taken"
     if name.startswith("train") and peak > LARGE and peak > MANY * asked:
         return f"{name}: takes {peak / asked:.2f} times what is asked for"
-    if not name.startswith("train") and peak > FEW * asked + 50e6:
+    if not name.startswith("train") and peak > CLOSE * asked + pages:
         return f"{name}: takes {peak / asked:.2f} times what is asked for"
     return ""
 
@@ -182,31 +184,37 @@ def main() -> int:
         measure(args.one, args.place)
         return 0
     rows: dict[str, dict[str, float]] = {}
-    faults: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         prepare(place)
-        for judged, some in ((True, cases(place)), (False, beside(place))):
-            for name, (_, asked) in some.items():
-                peak = peak_of(name, place)
-                rows[name] = {"asked_mb": round(asked / 1e6, 1), "peak_mb": round(peak / 1e6, 1)}
-                faults += [said] if judged and (said := fault(name, peak, asked)) else []
-                print(name, rows[name], round(peak / asked, 2), flush=True)
+        for name, (_, asked) in (cases(place) | beside(place)).items():
+            peak = peak_of(name, place)
+            rows[name] = {"asked_mb": round(asked / 1e6, 1), "peak_mb": round(peak / 1e6, 1)}
+            print(name, rows[name], round(peak / asked, 2), flush=True)
+    return int(bool(write(rows)))
+
+
+def write(rows: dict[str, dict[str, float]]) -> list[str]:
+    """Judge what was measured, write the result, and return the faults."""
+    judged = {name: row for name, row in rows.items() if name.startswith(("load", "positions", "train"))}
+    found = [fault(name, 1e6 * row["peak_mb"], 1e6 * row["asked_mb"]) for name, row in judged.items()]
+    faults = [said for said in found if said]
     ratios = {name: row["peak_mb"] / row["asked_mb"] for name, row in rows.items()}
 
-    def between(start: str) -> str:
-        own = [ratio for name, ratio in ratios.items() if name.startswith(start)]
-        return f"{min(own):.2f} to {max(own):.2f}"
+    def between(start: str, end: str = "") -> str:
+        own = [ratio for name, ratio in ratios.items() if name.startswith(start) and name.endswith(end)]
+        return f"{min(own):.2f} to {max(own):.2f}" if len(own) > 1 else f"{own[0]:.2f}"
 
     record(
         "memory",
         section="Input and security",
-        claim="Memory that is asked for before work begins is never more than the work then takes, so that nothing is "
-        f"refused that fits; loading and positions take at most {FEW} times as much and 50 MB, training above "
-        f"{LARGE / 1e6:.0f} MB at most {MANY} times.",
-        cases=len([name for name in rows if name.startswith(("load", "positions", "train"))]),
+        claim="Memory that is asked for before work begins is no more than 5 % above what the work then takes, so that "
+        "nothing is refused that fits. Loading and positions take no more than a tenth above it, and in another dtype "
+        f"the pages of the file; of training it is a floor, of which it takes at most {MANY:.0f} times.",
+        cases=len(judged),
         failures=len(faults),
-        measured=f"peak as a multiple of what was asked for: loading {between('load')}, positions "
+        measured=f"peak as a multiple of what was asked for: loading {between('load', 'float32')}, in "
+        f"bfloat16 {between('load', 'bfloat16')}, positions "
         f"{between('positions')}, training {between('train')}; asked for the model alone: calibrating "
         f"{between('calibrate')}, evaluating {between('evaluate')}",
         mended=[
@@ -215,6 +223,8 @@ def main() -> int:
             "those of one file.",
         ],
         not_covered=[
+            "What the matrices of full attention, the vocabulary, a checkpoint that is written and the libraries take "
+            "in training: its estimate leaves them out.",
             "Calibrating and evaluating ask for the memory of the model alone, which is a small part of their peak "
             "where the model is small; so does `bsbr finetune`.",
             "GPUs: there PyTorch's own error is caught and answered with what to lower.",
@@ -225,7 +235,7 @@ def main() -> int:
         details={"megabytes": rows, "faults": faults},
     )  # fmt: skip
     print(*faults, sep="\n")
-    return int(bool(faults))
+    return faults
 
 
 if __name__ == "__main__":
