@@ -229,9 +229,7 @@ class BSBRLayer(CacheLayerMixin):
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}")
-        slots = max(
-            0, self._slots + int(tokens_to_remove)
-        )  # transformers 5.17 gives a tensor, which must not stay here
+        slots = max(0, self._slots + int(tokens_to_remove))  # a tensor from transformers 5.17
         if slots == self._slots:
             return
         if self._mask is None:
