@@ -7,6 +7,7 @@ import argparse
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -98,11 +99,12 @@ def later_blocks(seed: int) -> dict[str, Any]:
         x[:, at] = draw.choice(POISONS)
     options = {"q_start": case.q_start, "calibration": case.calibration}
     before = max(0, at // size * size - case.q_start)
+    dense = dense_until(replace(case.config, top_k=case.config.max_top_k, top_k_per_head=None))  # of any head
     row = {"slots": 1, "wrong": 0, "vanished": 0}
     for backend in backends_of(case, dtype):
         clean, o = (bsbr_attention(*x, case.config, **options, backend=backend) for x in (tensors, poisoned))
         # the text's beginning is read exactly, in one piece; chunked sums over blocks multiply later ones by 0
-        if at >= dense_until(case.config) and (backend == "native" or case.config.far == "drop"):
+        if at >= dense and (backend == "native" or case.config.far == "drop"):
             row["wrong"] += not torch.equal(clean[:, :before], o[:, :before])
         own = o[:, max(0, at - case.q_start) : max(0, (at // size + 1) * size - case.q_start)]
         row["vanished"] += bool(own.isfinite().all(-1).any())
