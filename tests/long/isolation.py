@@ -33,7 +33,7 @@ NEVER_PACKED = ("opt", "gpt_oss")
 """Families whose own code does not tell packed documents apart, BSBR or not."""
 
 MIXED = ("qwen3_moe",)
-"""Families whose own code multiplies the tokens of all documents that chose an expert at once: equal within rounding."""
+"""Families whose own code multiplies all documents' tokens of an expert at once: equal within rounding."""
 
 
 def rows_of_a_batch(seed: int) -> dict[str, Any]:
@@ -196,8 +196,8 @@ def main() -> int:
                 "A row alone and the same row in a batch are equal within rounding, not to the bit: PyTorch's "
                 "products of other "
                 "shapes may round differently.",
-                f"To the bit, in packed rows of {' and '.join(MIXED)}: the products of an expert have the shapes that all "
-                "documents together give them, converted or not; they are equal within rounding.",
+                f"To the bit, in packed rows of {' and '.join(MIXED)}: the products of an expert have the shapes "
+                "that all documents together give them, converted or not; they are equal within rounding.",
                 f"Packing into one row for {' and '.join(NEVER_PACKED)}: their own code in transformers does not "
                 f"tell packed "
                 "documents apart.",
