@@ -118,13 +118,14 @@ def main() -> int:
         conditions=f"{machines(runs['shapes'])}; {args.cases:,} random shapes of 1 to 4,097 tokens, heads 1 to 256 "
         f"wide, "
         f"blocks of 1 to "
-        "256 tokens, 0 to all blocks read, score scale 1e-3 to 30, in three dtypes; triton kernels interpreted, in float32",
+        "256 tokens, 0 to all blocks read, score scale 1e-3 to 30, in three dtypes; triton kernels interpreted, in "
+        "float32",
         seed=0,
         seconds=time.perf_counter() - start,
         not_covered=[
             "The kernels' shapes are few here, since their interpreter is slow, and in float32 alone: it multiplies "
-            "bfloat16, which the far field's kernels use for both half dtypes, as whole numbers. `make test` tests those "
-            "dtypes where there is a GPU.",
+            "bfloat16, which the far field's kernels use for both half dtypes, as whole numbers. `make test` tests "
+            "those dtypes where there is a GPU.",
             "Rounding of the last bits is not promised to be equal between backends, processors or versions of "
             "PyTorch.",
         ],
