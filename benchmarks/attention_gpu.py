@@ -32,7 +32,7 @@ FLEX = "flex"
 TOLERANCE = 2.0**-6
 """Largest error at a checked row in units of the weighted mean of absolute values: two roundings to bfloat16."""
 
-_CACHE = 256 << 20
+CACHE = 256 << 20
 """Bytes written before every timed call, more than the GPU's cache holds."""
 
 _PAUSE = 20_000_000
@@ -176,7 +176,7 @@ def measure(call: Callable[[], object], budget_s: float, warm: bool = True) -> t
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     samples: list[float] = []
-    flush = torch.empty(_CACHE, dtype=torch.int8, device="cuda")
+    flush = torch.empty(CACHE, dtype=torch.int8, device="cuda")
     while len(samples) < 20 and (len(samples) < 3 or sum(samples) < 1e3 * budget_s):
         flush.zero_()
         torch.cuda._sleep(_PAUSE)
@@ -189,7 +189,7 @@ def measure(call: Callable[[], object], budget_s: float, warm: bool = True) -> t
         samples.append(start.elapsed_time(end))
         if samples[0] > 1e3 * budget_s:
             break
-    return samples, torch.cuda.max_memory_allocated() - before - _CACHE
+    return samples, torch.cuda.max_memory_allocated() - before - CACHE
 
 
 def summary(samples: list[float]) -> dict[str, Any]:
@@ -242,8 +242,9 @@ def _header(options: argparse.Namespace, config: BSBRConfig) -> dict[str, Any]:
     }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def problem_parser(description: str) -> argparse.ArgumentParser:
+    """Options that say which attention is measured: shapes, settings and passes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=(4096, 16384, 65536, 131072), help="tokens")
     parser.add_argument("--passes", nargs="+", choices=("forward", "forward+backward"), default=("forward",))
     parser.add_argument("--heads", type=int, default=32)
@@ -252,6 +253,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--dense-below", type=int, default=4096, help="positions below it are exact")
+    return parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = problem_parser(__doc__)
     parser.add_argument("--drop", action="store_const", const=(DROP,), default=(), help="time MoBA's form too")
     parser.add_argument("--flex-until", type=int, default=0, help="FlexAttention is timed up to this length, forward")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))

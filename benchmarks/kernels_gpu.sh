@@ -1,6 +1,6 @@
 #!/bin/sh
-# The GPU figures of README and docs/log.md, one file after the other, on an otherwise idle GPU: about eight minutes on one H200,
-# of which most is compiling; TRITON_CACHE_DIR keeps what was compiled. Most wanted first.
+# The GPU figures of README and docs/log.md, one file after the other, on an otherwise idle GPU; TRITON_CACHE_DIR keeps what was
+# compiled. Most wanted first.
 #   sh benchmarks/kernels_gpu.sh OUTPUT
 set -u
 output=$1

@@ -1,6 +1,6 @@
 #!/bin/sh
 # The long rows of the Llama study model on a GPU, one after the other: fidelity at 8,192 and 16,384 tokens, fine-tuning at
-# 8,192 with the fidelity of its result, sweeps, and the time of a calibration. About ten minutes on one H100.
+# 8,192 with the fidelity of its result, sweeps, and the time of a calibration.
 #   sh benchmarks/llama_28m.sh MODEL HELD_OUT_BOOKS OTHER_BOOKS OUTPUT
 set -eu
 model=$1 held_out=$2 other=$3 output=$4

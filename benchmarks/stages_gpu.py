@@ -14,7 +14,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.attention_gpu import draw, make_call
+from benchmarks.attention_gpu import CACHE, draw, make_call, problem_parser
 from bsbr.config import BSBRConfig
 from bsbr.evaluation.provenance import code_versions, without_folders
 from bsbr.files import write_json
@@ -24,7 +24,6 @@ BANDWIDTH, RATE = 4.3e12, 790e12
 """Bytes a second of a large copy, operations a second of a large bfloat16 product, both measured on one H200."""
 
 CALLS = 3
-_CACHE = 256 << 20
 
 KERNELS = {
     "dense prefix": ("cudnn", "flash", "sm90_"),
@@ -73,7 +72,7 @@ def main() -> None:
 def stage_times(call: Callable[[], object]) -> dict[str, dict[str, Any]]:
     """Milliseconds of each stage in one call, the median of some, and the kernels it ran."""
     call()
-    flush = torch.empty(_CACHE, dtype=torch.int8, device="cuda")
+    flush = torch.empty(CACHE, dtype=torch.int8, device="cuda")
     samples: list[dict[str, dict[str, Any]]] = []
     for _ in range(CALLS):
         flush.zero_()
@@ -165,15 +164,7 @@ def _header(options: argparse.Namespace, config: BSBRConfig) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=(8192, 32768, 131072), help="tokens")
-    parser.add_argument("--passes", nargs="+", choices=("forward", "forward+backward"), default=("forward",))
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--key-heads", type=int, default=8)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--block-size", type=int, default=128)
-    parser.add_argument("--top-k", type=int, default=8)
-    parser.add_argument("--dense-below", type=int, default=4096, help="positions below it are exact")
+    parser = problem_parser(__doc__)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/stages_gpu.json"))
     return parser
 

@@ -82,7 +82,7 @@ def test_values_stay_within_the_forward_error_bound(dtype):
 
 @pytest.mark.parametrize("mode", ["full", "offload", "states"])
 def test_rows_of_different_lengths_do_not_know_of_each_other(mode):
-    for seed in range(40):
+    for seed in range(60):
         draw = random.Random(seed)
         settings = {"top_k": 0, "dense_below": 0} if mode == "states" else {}
         case = cached_case(seed, **settings)
@@ -111,7 +111,7 @@ def test_rows_of_different_lengths_do_not_know_of_each_other(mode):
 
 @pytest.mark.parametrize("mode", ["full", "offload"])
 def test_going_back_and_on_again_leaves_no_trace(mode):
-    for seed in range(40):
+    for seed in range(60):
         draw, case = random.Random(seed), cached_case(seed)
         tensors, tokens = (case.q, case.k, case.v), case.k.shape[1]
         expected = reference_attention(*tensors, case.config, calibration=case.calibration)[0]
@@ -208,3 +208,18 @@ def test_tensors_made_in_inference_mode_can_be_used_outside():
         cache.select(torch.tensor([0, 0]))
     both = q.repeat(2, 1, 1, 1)[:, 21:]
     cache.attend(both, both, both, scale=0.3)
+
+
+def test_a_window_that_keeps_no_older_tokens_goes_back_by_a_block():
+    config = BSBRConfig(dense_below=0, block_size=8, retrieval_block_size=4, top_k=5, selection="recent")
+    q, k, v = torch.randn(3, 1, 90, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = reference_attention(q, k, v, config)[0]
+    for stop in range(33, 80):
+        back = (stop // 8 - 1) * 8  # as far as the block before
+        cache = BlockCache(config, "states")
+        cache.attend(*(x[:, :stop] for x in (q, k, v)), scale=0.5)
+        cache.crop([back])
+        found = cache.attend(*(x[:, back:] for x in (q, k, v)), scale=0.5)
+        torch.testing.assert_close(found, expected[:, back:], rtol=1e-9, atol=1e-9)
+        with pytest.raises(ValueError, match="cannot go back further"):
+            cache.crop([back - 8])

@@ -14,7 +14,7 @@ from bsbr.hf.attention import NAME, bsbr_attention_forward, bsbr_mask
 from bsbr.hf.mixers import Call, attend, layer_settings
 from bsbr.hf.modeling import attention_modules
 from bsbr.hf.sharing import share
-from bsbr.ops.routing import recent_blocks, select_blocks
+from bsbr.ops.routing import past_blocks, recent_blocks, select_blocks
 from bsbr.ops.schedule import dense_until
 from bsbr.ops.shares import join_shares, shares_of, take_share
 
@@ -115,7 +115,7 @@ class OneDraw:
 
     def __call__(self, q: Tensor, k: Tensor, config: BSBRConfig, *, scale: float, layer: int) -> Tensor:
         """Choose; see `Choice`."""
-        past = _past(torch.arange(q.shape[1], device=q.device), config)
+        past = past_blocks(torch.arange(q.shape[1], device=q.device), config)
         block = torch.arange(int(past[-1]), device=q.device)
         generator = torch.Generator(device=q.device).manual_seed(self.seed)
         rank = torch.rand(len(q), len(block), generator=generator, device=q.device)
@@ -163,7 +163,7 @@ def true_log_mass(q: Tensor, k: Tensor, unit: int, scale: float) -> Tensor:
 def _choose(q: Tensor, key_heads: int, config: BSBRConfig, scores: Callable[[int, int, int], Tensor]) -> Tensor:
     """Take the `top_k` past blocks of largest score, from scores(start, stop, blocks) [B * H, G, blocks, S]."""
     rows, length, heads, _ = q.shape
-    past = _past(torch.arange(length, device=q.device), config)
+    past = past_blocks(torch.arange(length, device=q.device), config)
     chosen = torch.arange(config.top_k, device=q.device).expand(length, -1)
     chosen = chosen.masked_fill(chosen >= past[:, None], -1)  # right where no more than top_k are past
     chosen = chosen[None, :, None].repeat(rows, 1, heads, 1)
@@ -182,11 +182,6 @@ def _segments(q: Tensor, config: BSBRConfig) -> Iterator[tuple[int, int]]:
     room = _ELEMENTS["cuda" if q.is_cuda else "cpu"] // (q.shape[0] * q.shape[2] * length)
     for start in range(first if config.top_k else length, length, max(1, room)):
         yield start, min(start + max(1, room), length)
-
-
-def _past(position: Tensor, config: BSBRConfig) -> Tensor:
-    """How many retrieval blocks are past at each position."""
-    return position // config.block_size * (config.block_size // config.unit)
 
 
 def _attend_routed(

@@ -1,7 +1,6 @@
 """What decoding keeps of a text: its last two local blocks, a summary of each past block, past keys and values."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -14,7 +13,7 @@ from bsbr.ops.own_blocks import OwnBlocks
 from bsbr.ops.pieces import Piece, cut, row_numbers
 from bsbr.ops.running import SUMMARISED, RunningSummaries
 from bsbr.ops.stores import RecentStore, Store
-from bsbr.ops.summaries import UNCALIBRATED
+from bsbr.ops.summaries import uncalibrated
 from bsbr.ops.tensor_step import attend_by_tensors
 from bsbr.ops.triton.problem import why_not_decode
 
@@ -114,7 +113,7 @@ class BlockCache:
             self._start(k, v)
         wide = torch.promote_types(q.dtype, torch.float32)
         if calibration is None:
-            calibration = _uncalibrated(q.shape[2], wide, q.device)
+            calibration = uncalibrated(q.shape[2], wide, q.device)
         if max(self.lengths) == 0:
             return self._first(q, k, v, scale, calibration, counts, sinks)
         with torch.no_grad():
@@ -299,9 +298,3 @@ class BlockCache:
             block = self._floors[finished[0] if together else one.start]
             held = self._own.finished(one, block)
             self._finish(one, block, *held, [block + 1] * len(held[0]))
-
-
-@lru_cache(maxsize=16)  # a CUDA graph cannot copy it from the host
-def _uncalibrated(heads: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(UNCALIBRATED, dtype=dtype, device=device).repeat(heads, 1)

@@ -57,6 +57,22 @@ def latest_of(scores: Tensor) -> Tensor:
     return torch.where(scores == -math.inf, -1, number).amax(-2, keepdim=True)
 
 
+def past_blocks(position: Tensor, config: BSBRConfig) -> Tensor:
+    """Return how many retrieval blocks are past at each position.
+
+    Args:
+        position: any shape, integers.
+        config: the settings.
+    Returns:
+        Their numbers, of the same shape.
+
+    Example:
+        >>> past_blocks(torch.tensor([3, 4, 11]), BSBRConfig(block_size=4, top_k=1)).tolist()
+        [0, 1, 2]
+    """
+    return position // config.block_size * (config.block_size // config.unit)
+
+
 def recent_blocks(q: Tensor, config: BSBRConfig, q_start: int = 0) -> Tensor:
     """Return the latest past blocks of every query, as `block_indices` of `bsbr_attention`.
 
@@ -72,7 +88,7 @@ def recent_blocks(q: Tensor, config: BSBRConfig, q_start: int = 0) -> Tensor:
         [-1, -1, -1, -1, 0, 0, 0, 0, 1]
     """
     position = torch.arange(q_start, q_start + q.shape[1], device=q.device)
-    past = (position // config.block_size * (config.block_size // config.unit))[:, None]
+    past = past_blocks(position, config)[:, None]
     index = (past - config.top_k).clamp(min=0) + torch.arange(config.top_k, device=q.device)
     index = index.masked_fill(index >= past, -1)
     return index[None, :, None].expand(q.shape[0], -1, q.shape[2], -1)

@@ -44,15 +44,20 @@ class Store:
         unit: tokens of a retrieval block.
         block_size: tokens of a local block.
         on_host: keep them in the host's memory (pinned where there is a GPU) and send what is read to the device.
+        room: tokens that fit at first; None means a local block.
     """
 
-    def __init__(self, k: Tensor, v: Tensor, unit: int, block_size: int, on_host: bool) -> None:
+    def __init__(
+        self, k: Tensor, v: Tensor, unit: int, block_size: int, on_host: bool, room: int | None = None
+    ) -> None:
         self.device, self.unit, self.block_size = k.device, unit, block_size
         place = torch.device("cpu") if on_host else k.device
         pin = place != k.device
         with torch.inference_mode(False):
             self.k, self.v = (
-                torch.zeros(x.shape[0], x.shape[2], block_size, x.shape[3], dtype=x.dtype, device=place, pin_memory=pin)
+                torch.zeros(
+                    x.shape[0], x.shape[2], room or block_size, x.shape[3], dtype=x.dtype, device=place, pin_memory=pin
+                )
                 for x in (k, v)
             )
 
@@ -127,21 +132,16 @@ class RecentStore(Store):
     """
 
     def __init__(self, k: Tensor, v: Tensor, unit: int, block_size: int, latest: int) -> None:
-        super().__init__(k, v, unit, block_size, on_host=False)
         self.places = -(-latest * unit // block_size) + 1
-        super().reserve(self.places * block_size)
-        with torch.inference_mode(False):  # room as asked for, no more
-            self.k, self.v = (x[:, :, : self.places * block_size].contiguous() for x in (self.k, self.v))
+        super().__init__(k, v, unit, block_size, on_host=False, room=self.places * block_size)
 
     def write(self, rows: slice, start: int, k: Tensor, v: Tensor) -> None:
         """Keep the latest of keys and values; see `Store.write`."""
         size, stop = self.block_size, start + k.shape[2]
         for block in range(max(start, stop - self.places * size), stop, size):
-            place, source = block // size % self.places * size, slice(block - start, block - start + size)
-            self.k[rows, :, place : place + size], self.v[rows, :, place : place + size] = (
-                k[:, :, source],
-                v[:, :, source],
-            )
+            into = block // size % self.places * size
+            for held, new in ((self.k, k), (self.v, v)):
+                held[rows, :, into : into + size] = new[:, :, block - start : block - start + size]
 
     def reserve(self, tokens: int) -> None:
         """Do nothing: a window does not grow."""

@@ -30,7 +30,7 @@ class FinetuneConfig:
     """Forward passes of an optimizer step."""
     lr: float = 1e-4
     """Peak learning rate of AdamW; linear warm-up, then cosine decay to zero in each stage. AdamW's first steps are of
-    this size in every weight: a model near its original already first loses at 1e-4, and does not at 2e-5."""
+    this size in every weight, however small the gradient: a model near its original already first loses at 1e-4."""
     scalar_lr: float = 1e-2
     """The same for the scalars of the far field, which are few and of size one."""
     warmup_share: float = 0.05
@@ -43,8 +43,8 @@ class FinetuneConfig:
     """Rank of the updates with scope "lora"."""
     precision: str = "auto"
     """`bfloat16` (autocast, float32 weights), `float16` (the same with 10 bits in place of 7 and a scaled loss, on a
-    GPU), `tf32` (float32 but for the products of an NVIDIA GPU, which round to 10 bits; slower, since the sparse
-    kernels are for 16 bits), `float32`, or `auto`: bfloat16 on CUDA, float32 elsewhere. A model that is near its
+    GPU), `tf32` (float32 but for the products of an NVIDIA GPU, which round to 10 bits; without the sparse
+    kernels, which are for 16 bits), `float32`, or `auto`: bfloat16 on CUDA, float32 elsewhere. A model that is near its
     original already needs more than bfloat16's bits: the rounding of the student weighs more than the difference."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass; stage 1 has few and never does."""
