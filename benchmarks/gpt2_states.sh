@@ -21,4 +21,4 @@ study() { # name, learning rate, then options of the calibration
 }
 
 study window 2e-5
-study window_even 2e-5 --even-top-k
+study window_even 1e-4 --even-top-k
