@@ -1,5 +1,9 @@
 """The tokenizer loses nothing, is reproducible, and its stream can be taken apart again."""
 
+import ctypes
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -69,3 +73,30 @@ def test_bad_requests_say_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         load_tokenizer(tmp_path)
+
+
+LEAK = """
+import ctypes, sys
+from bsbr.data.tokenizer import encode_documents, load_tokenizer, train_tokenizer
+
+class Heap(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena a b c mapped d e used free f".split()]
+
+mallinfo = ctypes.CDLL(None).mallinfo2
+mallinfo.restype = Heap
+text = " ".join(f"word{i} and{i}" for i in range(300))
+train_tokenizer([text], 300).save_pretrained(sys.argv[1])
+used = []
+for load in range(60):
+    encode_documents(load_tokenizer(sys.argv[1]), [text])
+    used.append(mallinfo().used)
+print((used[-1] - used[19]) // 40)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="asks glibc for what is in use")
+def test_a_tokenizer_that_is_gone_leaves_no_words_in_memory(tmp_path) -> None:
+    command = [sys.executable, "-c", LEAK, str(tmp_path)]
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert int(said) < 10_000  # bytes each; 90 kB with the library's table

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -11,6 +11,8 @@ from bsbr.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+Tokenizer = TypeVar("Tokenizer", bound="PreTrainedTokenizerBase")
 
 ENDOFTEXT_ID = 0
 _BYTE_TOKENS = 256
@@ -54,7 +56,7 @@ def train_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer=trainer, length=len(documents))
-    return PreTrainedTokenizerFast(
+    made = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=SEPARATOR,
         eos_token=SEPARATOR,
@@ -62,6 +64,7 @@ def train_tokenizer(
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
     )
+    return remember_no_words(made)
 
 
 def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerFast":
@@ -84,6 +87,29 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerFast":
         raise UserError(f'tokenizer "{folder}": cannot be read ({error}). Copy the folder again') from error
     if tokenizer.convert_tokens_to_ids(SEPARATOR) != ENDOFTEXT_ID:
         raise UserError(f'tokenizer "{folder}": id 0 is not {SEPARATOR}. Give one that bsbr pretrain made')
+    return remember_no_words(tokenizer)
+
+
+def remember_no_words(tokenizer: Tokenizer) -> Tokenizer:
+    """Keep a BPE tokenizer from storing the words it has split, which a process would not get back.
+
+    Source: models/bpe/model.rs of the tokenizers library, 0.23. There each thread has a table of the words of every
+    BPE model ever used in it, and nothing removes a model that is gone. Without it encoding is no slower.
+
+    Args:
+        tokenizer: any of transformers; it is changed where it has such a table.
+    Returns:
+        The same tokenizer.
+
+    Example:
+        >>> tokenizer = remember_no_words(train_tokenizer(["to be or not to be"], 257))
+        >>> tokenizer.decode(tokenizer("not to be")["input_ids"])
+        'not to be'
+    """
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    resize = getattr(model, "_resize_cache", None)
+    if resize is not None:
+        resize(0)
     return tokenizer
 
 

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from bsbr.data.tokenizer import remember_no_words
 from bsbr.errors import UserError
 from bsbr.hf.families import NAME, PREFIX, stock_classes
 from bsbr.hf.model_files import check_sizes, check_weights, in_one_line, read_config
@@ -97,9 +98,10 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
         raise UserError(f'tokenizer "{name_or_path}": tokenizer.json missing. Save the tokenizer beside the model')
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         _refuse(name_or_path, f"has a tokenizer that cannot be read ({in_one_line(error)}). Copy it again", error)
+    return remember_no_words(tokenizer)
 
 
 def _folder(name_or_path: str | Path) -> Path:
