@@ -96,9 +96,9 @@ def run(options: argparse.Namespace) -> None:
                 continue
             try:
                 row, model = train(name, seed, corpus, options)
-                write_row(target, row)
-                if options.keep:
+                if options.keep:  # before the row, which says that both are there
                     save_model(model.float(), Path(options.keep) / f"{name}-{seed}")
+                write_row(target, row)
             except Exception:  # one run that fails must not cost the others
                 traceback.print_exc()
 

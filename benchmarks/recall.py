@@ -168,8 +168,11 @@ def _scores(
 
 
 def rates(options: argparse.Namespace) -> None:
-    """Choose a task's learning rate by what full attention learns with it: a rate that favours the peer, if any."""
-    found = {}
+    """Choose a task's learning rate by what full attention learns with it: a rate that favours the peer, if any.
+
+    With one rate, only its row is written.
+    """
+    found: dict[float, float] = {}
     for rate in options.rates:
         target = Path(options.pilots) / f"{options.task}-{rate:g}.json"
         options.recipe = json.dumps({"lr": rate, "muon_lr": rate})
@@ -177,7 +180,12 @@ def rates(options: argparse.Namespace) -> None:
             write_row(target, train(options.task, "full", 0, options))
         row = json.loads(target.read_text())
         found[rate] = next(x["accuracy"]["value"] for x in row["scores"] if x["length"] == row["recipe"]["context"])
+    if len(found) == 1:  # others are measured by other processes
+        return
     best = max(found, key=lambda rate: found[rate])
+    if options.into:
+        row = json.loads((Path(options.pilots) / f"{options.task}-{best:g}.json").read_text())
+        write_row(Path(options.into) / f"{options.task}-full-0.json", row)
     write_json(Path(options.pilots) / f"{options.task}.recipe", {"lr": best, "muon_lr": best})
     print(found, "taken:", best)
 
@@ -234,6 +242,9 @@ def _parser() -> argparse.ArgumentParser:
     pilot.add_argument("pilots")
     pilot.add_argument("--task", choices=RUNS, required=True)
     pilot.add_argument("--rates", type=float, nargs="+", required=True)
+    pilot.add_argument(
+        "--into", metavar="ROWS", help="keep the row of the rate taken, which is full attention's of seed 0"
+    )
     pilot.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     pilot.set_defaults(act=rates)
     for each in (part, pilot):
