@@ -12,10 +12,10 @@ part=$1 work=$2 limit=$3
 python=${PYTHON:-python3} tokens=${TOKENS:-16777216}
 export PYTHONPATH=src:. PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=4
 export TORCHINDUCTOR_CACHE_DIR=$work/compiled
-mkdir -p "$work"/{speed,models,rates,recall,extension,kept,logs,results}
+mkdir -p "$work"/{speed,models,recall,extension,kept,logs,results}
 
 left() { echo $((limit - SECONDS - 8)); }
-pack() { tar -C "$work" -czf "$work/rows.part" speed models rates recall extension logs results && mv "$work/rows.part" "$work/rows.tgz"; }
+pack() { tar -C "$work" -czf "$work/rows.part" speed models recall extension logs results && mv "$work/rows.part" "$work/rows.tgz"; }
 bench() { # log, benchmark, arguments: within what time is left
     local log=$work/logs/$1.log
     shift
@@ -40,7 +40,6 @@ timed() { # all compile side by side; the lock is held meanwhile, so that nothin
 queue() {
     local task name seed
     printf 'lm %s\n' "bsbr 0 1 2" "full 0 1 2" "window 0 1 2" "linear 0 1 2"
-    printf 'rates %s\n' mqar needle_multikey passkey
     printf 'lm gated_delta %s\n' 0 1 2
     for seed in 0 1 2; do
         for task in passkey mqar needle_multikey; do printf "recall $task %s $seed\n" bsbr full; done
@@ -55,37 +54,26 @@ rows() { # the files that a job leaves
     local seed
     case $1 in
         lm) for seed in "${@:3}"; do echo "$work/models/$2-$seed.json"; done ;;
-        rates) echo "$work/rates/$2.recipe" ;;
         recall) echo "$work/recall/$2-$3-$4.json" ;;
         extension) echo "$work/extension/$2-$3-dynamic.json" ;;
     esac
 }
 
 ready() {
-    case $1 in
-        recall) [ -e "$work/rates/$2.recipe" ] ;;
-        extension) [ -e "$work/models/$2-$3.json" ] ;;
-    esac
+    [ "$1" != extension ] || [ -e "$work/models/$2-$3.json" ]
 }
 
 job() {
-    local log=$* compile=${COMPILE---compile} recipe='{}'
+    local log=$* compile=${COMPILE---compile}
     log=${log// /-}
     case $1 in
         lm)
-            # its scan of pairs of pairs takes the compiler minutes, and uncompiled it keeps 23 GB of 8 windows
-            [ "$2" = gated_delta ] && compile='' recipe='{"accumulation": 4}'
+            # as a whole it takes the compiler minutes
+            [ "$2" = gated_delta ] && compile=${compile:+--compile-layer}
             bench "$log" from_scratch run "$work/data" "$work/models" --attention "$2" --seeds "${@:3}" --tokens "$tokens" \
-                --recipe "$recipe" $compile --keep "$work/kept" ${SMALLER_LM:-} ;;
-        rates) # the better of two by full attention
-            bench "$log-1e-2" recall rates "$work/rates" --task "$2" --rates 1e-2 --workers 1 ${SMALLER_RECALL:-} &
-            bench "$log-3e-3" recall rates "$work/rates" --task "$2" --rates 3e-3 --workers 1 ${SMALLER_RECALL:-} &
-            wait
-            bench "$log" recall rates "$work/rates" --task "$2" --rates 1e-2 3e-3 --into "$work/recall" --workers 1 \
-                ${SMALLER_RECALL:-} ;;
+                $compile --keep "$work/kept" ${SMALLER_LM:-} ;;
         recall)
-            bench "$log" recall run "$work/recall" --task "$2" --attention "$3" --seeds "$4" --workers 1 \
-                --recipe "$(cat "$work/rates/$2.recipe")" ${SMALLER_RECALL:-} ;;
+            bench "$log" recall run "$work/recall" --task "$2" --attention "$3" --seeds "$4" ${SMALLER_RECALL:-} ;;
         extension)
             bench "$log" extension_trained run "$work/data" "$work/extension" --model "$2-$3=$work/kept/$2-$3" \
                 --method dynamic ${SMALLER_EXTENSION:-} ;;
