@@ -172,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument("--batch-tokens", type=int, default=32_768)
     part.add_argument("--lr", type=float, default=1e-3)
     part.add_argument("--windows", type=int, default=8)
-    part.add_argument("--test-tokens", type=int, default=1 << 21, help="tokens of a passkey test, at most")
+    part.add_argument("--test-tokens", type=int, default=1 << 20, help="tokens of a passkey test, at most")
     part.add_argument("--least-examples", type=int, default=32)
     return parser
 

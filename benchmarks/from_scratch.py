@@ -24,6 +24,8 @@ from benchmarks.training_rows import add_parts, conditions, read_rows, write_row
 from bsbr.data.text import read_text, split_documents, text_digest
 from bsbr.data.tokenizer import ENDOFTEXT_ID, encode_documents, load_tokenizer, token_byte_lengths
 from bsbr.files import write_json
+from bsbr.hf import peers
+from bsbr.peers import gated_delta_layer
 from bsbr.training.batches import TextBatches
 from bsbr.training.build import build_model, parse_attention
 from bsbr.training.corpus import Corpus, save_tokenizer
@@ -88,6 +90,8 @@ def prepare(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> None:
     """Train every attention with every seed, and write a row after each."""
     corpus = load_corpus(Path(options.data), torch.device(options.device))
+    if options.compile_layer:
+        compile_layer_alone()
     for name in options.attention:
         torch.compiler.reset()  # PyTorch compiles one function for so many models only
         for seed in options.seeds:
@@ -96,11 +100,25 @@ def run(options: argparse.Namespace) -> None:
                 continue
             try:
                 row, model = train(name, seed, corpus, options)
-                write_row(target, row)
-                if options.keep:
+                if options.keep:  # before the row, which says that both are there
                     save_model(model.float(), Path(options.keep) / f"{name}-{seed}")
+                write_row(target, row)
             except Exception:  # one run that fails must not cost the others
                 traceback.print_exc()
+
+
+def compile_layer_alone() -> None:
+    """Compile what Gated DeltaNet does in a layer as one graph for all layers, for training steps.
+
+    Within a whole model its graph is three times the size of another attention's, and takes the compiler minutes.
+    """
+    compiled = torch.compile(gated_delta_layer, dynamic=False)
+
+    def layer(*given: Any) -> torch.Tensor:
+        # other shapes come without gradients, and are few
+        return compiled(*given) if torch.is_grad_enabled() else gated_delta_layer(*given)
+
+    peers.gated_delta_layer = layer  # type: ignore[assignment]
 
 
 def load_corpus(folder: Path, device: torch.device) -> Corpus:
@@ -219,6 +237,7 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument("--shape", default=str(_SHAPE), help="configuration of the model, JSON")
     part.add_argument("--recipe", default="{}", help="fields of PretrainConfig that differ, JSON")
     part.add_argument("--compile", action="store_true")
+    part.add_argument("--compile-layer", action="store_true", help="compile Gated DeltaNet's part of a layer alone")
     part.add_argument("--keep", metavar="DIR", help="save the models here, as NAME-SEED")
     return parser
 

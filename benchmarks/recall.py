@@ -1,12 +1,10 @@
 """Recall learned from random weights: MQAR, passkey, multi-key needle, and controls.
 
-python -m benchmarks.recall rates pilots --task mqar --rates 1e-2 3e-3
 python -m benchmarks.recall run rows --attention full bsbr --task mqar passkey needle_multikey --seeds 0 1 2
 python -m benchmarks.recall gather rows benchmarks/results/recall.json
 
 Each run is trained at up to 4,096 tokens (its curriculum is in the row), and tested at lengths up to 32,768 on fresh
-examples. A run that is there already is not made again. `rates` trains full attention with several learning rates and
-writes the recipe of the one that knows most at the trained length, for `run --recipe`.
+examples. A run that is there already is not made again.
 """
 
 import argparse
@@ -62,12 +60,12 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "passkey": {
         "task": {"task": "passkey", "vocab": 1024},
-        "recipe": {"context": 4096, "curriculum": _SHORT_FIRST, "tokens": 1000 << 15},
+        "recipe": {"context": 4096, "curriculum": _SHORT_FIRST, "tokens": 2000 << 15},
         "tests": [{"length": n} for n in (1024, 4096, 8192, 16384, 32768)],
     },
     "needle_multikey": {
         "task": {"task": "needle_multikey", "pairs": 8, "vocab": 1024},
-        "recipe": {"context": 4096, "curriculum": _SHORT_FIRST, "tokens": 2000 << 15},
+        "recipe": {"context": 4096, "curriculum": _SHORT_FIRST, "tokens": 3000 << 15},
         "tests": [{"length": n} for n in (1024, 4096, 8192, 16384, 32768)],
     },
     # small enough for a processor: the same ratios of text, blocks and blocks read, a sixteenth of the length
@@ -167,21 +165,6 @@ def _scores(
             yield {"model": who, "length": config.length, "pairs": config.pairs, **found.to_dict()}
 
 
-def rates(options: argparse.Namespace) -> None:
-    """Choose a task's learning rate by what full attention learns with it: a rate that favours the peer, if any."""
-    found = {}
-    for rate in options.rates:
-        target = Path(options.pilots) / f"{options.task}-{rate:g}.json"
-        options.recipe = json.dumps({"lr": rate, "muon_lr": rate})
-        if not target.exists():
-            write_row(target, train(options.task, "full", 0, options))
-        row = json.loads(target.read_text())
-        found[rate] = next(x["accuracy"]["value"] for x in row["scores"] if x["length"] == row["recipe"]["context"])
-    best = max(found, key=lambda rate: found[rate])
-    write_json(Path(options.pilots) / f"{options.task}.recipe", {"lr": best, "muon_lr": best})
-    print(found, "taken:", best)
-
-
 def gather(options: argparse.Namespace) -> None:
     """Join the rows, and state mean and spread of accuracy over seeds."""
     rows = read_rows(options.rows)
@@ -224,24 +207,17 @@ def table(summary: dict[str, Any]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts, part = add_parts(parser, run, gather)
+    _, part = add_parts(parser, run, gather)
     part.add_argument("rows")
     part.add_argument("--task", nargs="+", choices=RUNS, default=list(RUNS))
     part.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=["full", "bsbr"])
     part.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     part.add_argument("--recipe", default="{}", help="fields of PretrainConfig that differ, JSON")
-    pilot = parts.add_parser("rates")
-    pilot.add_argument("pilots")
-    pilot.add_argument("--task", choices=RUNS, required=True)
-    pilot.add_argument("--rates", type=float, nargs="+", required=True)
-    pilot.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    pilot.set_defaults(act=rates)
-    for each in (part, pilot):
-        each.add_argument("--settings", help="settings of the attention in place of those of its name")
-        each.add_argument("--shape", help="configuration of the model, JSON; None: the task's own")
-        each.add_argument("--test-tokens", type=int, default=1 << 21, help="tokens that a test reads, at most")
-        each.add_argument("--least-examples", type=int, default=32, help="examples of a test, at least; at most 512")
-        each.add_argument("--workers", type=int, default=2, help="processes that make examples")
+    part.add_argument("--settings", help="settings of the attention in place of those of its name")
+    part.add_argument("--shape", help="configuration of the model, JSON; None: the task's own")
+    part.add_argument("--test-tokens", type=int, default=1 << 20, help="tokens that a test reads, at most")
+    part.add_argument("--least-examples", type=int, default=32, help="examples of a test, at least; at most 512")
+    part.add_argument("--workers", type=int, default=1, help="processes that make examples")
     return parser
 
 
