@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,16 @@ def test_a_kill_between_model_and_record_is_gone_on_with(
     assert not (tmp_path / "parts" / "checkpoints").exists()
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As many threads here as in the processes that are killed: sums of two threads round otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_killed_at_random_moments(texts: dict[str, Path], tmp_path: Path) -> None:
     """The long version is benchmarks/kill_resume.py."""
     run(texts, tmp_path / "whole", checkpoint_interval=1)
