@@ -65,7 +65,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "needle_multikey": {
         "task": {"task": "needle_multikey", "pairs": 8, "vocab": 1024},
-        "recipe": {"context": 4096, "curriculum": _SHORT_FIRST, "tokens": 3000 << 15},
+        "recipe": {"context": 4096, "curriculum": _SHORT_FIRST, "tokens": 2000 << 15},
         "tests": [{"length": n} for n in (1024, 4096, 8192, 16384, 32768)],
     },
     # small enough for a processor: the same ratios of text, blocks and blocks read, a sixteenth of the length

@@ -100,7 +100,7 @@ def _plan(options: argparse.Namespace, device: torch.device) -> dict[str, Callab
 def gather(options: argparse.Namespace) -> None:
     """Join the rows."""
     rows = read_rows(options.rows)
-    shared = {key: rows[0][key] for key in ("code", "machine")}
+    shared = {key: rows[0][key] for key in ("code", "machine", "command")}
     parts = {part: [row for row in rows if row["part"] == part] for part in ("steps", "mfu", "public")}
     content = {
         "schema": {"name": "bsbr.benchmarks.training_speed", "version": 2},
