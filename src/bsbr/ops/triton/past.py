@@ -6,8 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from bsbr.ops.triton.problem import Problem
-from bsbr.ops.triton.scores import STEPS, Scores, Tiles, decode, score_at, score_factors, tile_of, write_scores
+from bsbr.ops.triton.scores import Scores, Tiles, score_at, score_factors, tile_of, write_scores
 from bsbr.ops.triton.search import choose_blocks, strike_out
+from bsbr.ops.triton.short_scores import STEPS, above
 from bsbr.ops.triton.summaries import FarField, padded
 
 _SCORE_BYTES = 1 << 30
@@ -91,10 +92,7 @@ def _tile_at(scores, bests, top, start, BM: tl.constexpr, BN: tl.constexpr):
     # no mask: of one that ends anywhere the compiler makes loads of four bytes, and there is room for whole tiles
     own = tl.load(scores + score_at(row[:, None], start + column[None, :], BM))
     if scores.dtype.element_ty == tl.int16:
-        best = tl.load(bests + start // BN * BM + row) / STEPS - top
-        # WHOLE, which is 4096 here, is taken off with the best; both are whole steps, so no digit is lost
-        fine = decode(own) * (-1 / STEPS) + (best + 4096.0)[:, None]
-        own = tl.minimum(fine, fine * 16 + (best * -15 + 240.0)[:, None])  # 240: 491520 steps
+        own = above(own, tl.load(bests + start // BN * BM + row) / STEPS - top)
     else:
         own -= top[:, None]
     return own

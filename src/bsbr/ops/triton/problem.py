@@ -36,7 +36,7 @@ class Problem(NamedTuple):
     most_rows: int
     """Largest tile of queries: products in float32 and wide heads leave room for fewer."""
     short_scores: bool
-    """Scores of past blocks are kept in 16 bits, as `bsbr.ops.triton.scores` says: finer than 16-bit products are."""
+    """Scores of past blocks are kept in 16 bits (`bsbr.ops.triton.short_scores`), as for 16-bit input."""
 
     @property
     def stop(self) -> int:

@@ -2,11 +2,6 @@
 
 Scores leave out what all blocks of a query share (log n, the bias, and the product with the mean key of block 0), which
 no choice depends on. So a large common part of all keys costs the 16-bit products no digits.
-
-For 16-bit input a score is written in 16 bits: it is rounded to steps of 2**-11 (of powers of two), and what is kept is
-how many steps it is below the best of its tile of blocks: exactly up to 2**15 steps, from there to 2**-7, and 272 powers
-of two at most. Rounding comes first, so that blocks of equal scores stay equal whatever tiles they are in. The range is
-wide since a block that outweighs its neighbours by far may be read exactly, and these then count among the others.
 """
 
 from typing import NamedTuple
@@ -16,33 +11,21 @@ import triton.language as tl
 from torch import Tensor
 
 from bsbr.ops.triton.problem import Problem
+from bsbr.ops.triton.short_scores import ROUNDING, STEPS, encode, most_of_eight
 from bsbr.ops.triton.summaries import FarField, padded
 
 GROUP_BLOCKS = 8
 """Blocks of a group, GROUP in the kernels."""
-
-STEPS = tl.constexpr(2048.0)
-"""Steps of a score that is written in 16 bits, for each power of two."""
-
-LOWEST = tl.constexpr(16 * 65535.0 - 491520)
-"""Steps below the best of its tile that a block is at most; and those struck out."""
-
-_ROUNDING = tl.constexpr(12582912.0)
-"""1.5 * 2**23: what this is added to and taken from is rounded to whole numbers."""
-
-WHOLE = tl.constexpr(8388608.0)
-"""2**23: the last 16 bits of this plus a whole number below 65,536 are that number."""
-
 
 _SHARE = 2
 """Most query heads of a key head whose scores one program computes: they share what is loaded of the blocks."""
 
 
 class Scores(NamedTuple):
-    """Scores of the past blocks of some tiles of queries; for 16-bit input in steps."""
+    """Scores of the past blocks of some tiles of queries; bests and peaks of those in 16 bits are in steps."""
 
     each: Tensor
-    """[tiles, room / 64, rows, 64] float32, or int16: steps below the tile's best."""
+    """[tiles, room / 64, rows, 64] float32, or int16 as `bsbr.ops.triton.short_scores` says."""
     bests: Tensor
     """The best of each tile of blocks, [tiles, room / blocks, rows] float32."""
     peaks: Tensor
@@ -108,38 +91,13 @@ def score_at(row, block, BM: tl.constexpr):
 
 
 @triton.jit
-def encode(below):
-    """Steps below the best of a tile as 16 bits; what is no number as LOWEST."""
-    # as bits: there are instructions for the least of three integers
-    fine = (below + WHOLE).to(tl.int32, bitcast=True)
-    coarse = (below * (1 / 16) + (30720 + WHOLE)).to(tl.int32, bitcast=True)
-    return tl.minimum(tl.minimum(fine, coarse), 0x4B00FFFF).to(tl.int16)
-
-
-@triton.jit
-def decode(code):
-    """WHOLE, and beside it steps below the best of a tile: the number n that is written stands for n up to 2**15, for
-    16 n - 491520 beyond."""
-    return ((code.to(tl.int32) & 0xFFFF) | 0x4B000000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def most_of_eight(x):
-    """The largest of every 8 in a row along the last axis of x, [N, 8 n], and no number if one of them is none."""
-    ROWS: tl.constexpr = x.shape[0]
-    for _ in tl.static_range(3):
-        left, right = tl.split(tl.reshape(x, [ROWS, x.shape[1] // 2, 2]))
-        x = tl.maximum(left, right, propagate_nan=tl.PropagateNan.ALL)
-    return x
-
-
-@triton.jit
 def nothing_of(scores):
     """What is written for a block that counts as nothing."""
     if scores.dtype.element_ty == tl.int16:
-        return tl.full([], -1, tl.int16)
+        nothing = tl.full([], -1, tl.int16)
     else:
-        return tl.full([], float("-inf"), tl.float32)
+        nothing = tl.full([], float("-inf"), tl.float32)
+    return nothing
 
 
 @triton.jit
@@ -256,15 +214,15 @@ def _write_scores(
         next_var = tl.load(var_k + next_n, mask=(d < D)[:, None], other=0.0) if MOMENTS else next_k
         tile = tile_scores(tile_q, square, own_centred, own_var, factor[:, None], MOMENTS)
         if SHORT:
-            tile += _ROUNDING
+            tile += ROUNDING
         tile = tl.permute(tl.reshape(tile, [ROWS, BN // 8, 4, 2]), (0, 2, 1, 3))
         groups = tl.reshape(tile, [ROWS, BN // GROUP, GROUP])
         if SHORT:
             most = most_of_eight(tl.reshape(tile, [ROWS, BN]))
             best = tl.max(most, 1)
             tile = encode(best[:, None][:, :, None] - groups)
-            best += 0.0 * tl.sum(most, 1) - _ROUNDING  # a score that is no number leaves none of its tile's
-            most -= _ROUNDING
+            best += 0.0 * tl.sum(most, 1) - ROUNDING  # a score that is no number leaves none of its tile's
+            most -= ROUNDING
         else:
             most = tl.max(groups, 2)
             best = tl.max(most, 1)

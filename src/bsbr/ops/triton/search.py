@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from bsbr.ops.triton.problem import Problem
-from bsbr.ops.triton.scores import GROUP_BLOCKS, LOWEST, STEPS, WHOLE, Scores, Tiles, decode, nothing_of, score_at, tile_of
+from bsbr.ops.triton.scores import GROUP_BLOCKS, Scores, Tiles, nothing_of, score_at, tile_of
+from bsbr.ops.triton.short_scores import LOWEST, STEPS, steps_below
 
 _NONE = tl.constexpr(-(2**31))
 """The key of no score."""
@@ -225,8 +226,7 @@ def best_blocks(
     inside = tl.minimum(block, room - GROUP + column % GROUP)
     values = tl.load(scores + score_at(place[:, None], inside, BM))
     if scores.dtype.element_ty == tl.int16:
-        below = decode(values) - WHOLE
-        values = tl.load(bests + row + inside // TILE * BM) - tl.maximum(below, 16 * below - 491520)
+        values = tl.load(bests + row + inside // TILE * BM) - steps_below(values)
     best, place = _extract(sortable(values, block < stop, KP * GROUP), KP * GROUP, TOP_K + 1)
     top = tl.maximum(score_of(best[TOP_K]), others)
     if scores.dtype.element_ty == tl.int16:  # not below what is so far below its tile's best that it counts as nothing
@@ -256,8 +256,8 @@ def _whose(
     do_not_specialize=["heads", "heads_all", "first_head", "first_work", "num_tiles", "sparse_start", "num_sparse"]
 )
 def _choose(
-    scores, bests, peaks, space, tops, chosen, heads, heads_all, first_head, first_work, num_tiles, sparse_start, num_sparse,
-    room, G: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, TOP_K: tl.constexpr, KP: tl.constexpr,
+    scores, bests, peaks, space, tops, chosen, heads, heads_all, first_head, first_work, num_tiles, sparse_start,
+    num_sparse, room, G: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, TOP_K: tl.constexpr, KP: tl.constexpr,
     GROUP: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, BY_TILES: tl.constexpr, BM: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
