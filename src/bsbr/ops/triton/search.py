@@ -23,8 +23,9 @@ _NOWHERE = tl.constexpr(1 << 24)
 """A group after all groups."""
 
 
-_ROWS = 4
-"""Queries that one warp searches for: no other waits for it, and its registers leave room for 28 warps."""
+_ROWS, _ROWS_BY_TILES = 4, 2
+"""Queries that one warp searches for: no other waits for it, and its registers leave room for 28 warps. By way of tiles
+each thread holds numbers of all of them."""
 
 _MANY_GROUPS = 64
 """Groups beyond which the best are found by way of the tiles of blocks."""
@@ -41,14 +42,16 @@ def choose_blocks(problem: Problem, tiles: Tiles, scores: Scores, tops: Tensor, 
         chosen: where to put the blocks, best first, [B, S, HQ, top_k] int32.
     """
     most, groups = triton.next_power_of_2(problem.config.top_k), tiles.room // GROUP_BLOCKS
-    programs, rows = tiles.count * (tiles.rows // _ROWS), min(_ROWS, tiles.rows)
+    by_tiles = groups > _MANY_GROUPS
+    rows = _ROWS_BY_TILES if by_tiles else _ROWS
+    programs = tiles.count * (tiles.rows // rows)
     space = torch.empty(programs, rows, most * GROUP_BLOCKS, dtype=torch.int32, device=chosen.device)
-    first_level = tiles.room // tiles.blocks if groups > _MANY_GROUPS else groups
+    first_level = tiles.room // tiles.blocks if by_tiles else groups
     _choose[(programs,)](
         *scores, space, tops, chosen, *_sizes(problem, tiles, chosen), tiles.room, G=problem.group,
         B=problem.config.block_size, UNIT=problem.config.unit, TOP_K=problem.config.top_k, KP=most, GROUP=GROUP_BLOCKS,
         TILE=tiles.blocks, COLUMNS=min(64, max(16, triton.next_power_of_2(first_level))),
-        BY_TILES=groups > _MANY_GROUPS, BM=tiles.rows, ROWS=rows, num_warps=1, num_stages=1,
+        BY_TILES=by_tiles, BM=tiles.rows, ROWS=rows, num_warps=1, num_stages=1,
     )  # fmt: skip
 
 
