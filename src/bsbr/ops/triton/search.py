@@ -23,11 +23,10 @@ _NOWHERE = tl.constexpr(1 << 24)
 """A group after all groups."""
 
 
-_ROWS, _ROWS_BY_TILES = 4, 2
-"""Queries that one warp searches for: no other waits for it, and its registers leave room for 28 warps. By way of tiles
-each thread holds numbers of all of them."""
+_ROWS = 4
+"""Queries that one warp searches for: no other waits for it, and its registers leave room for 28 warps."""
 
-_MANY_GROUPS = 64
+_MANY_GROUPS = 128
 """Groups beyond which the best are found by way of the tiles of blocks."""
 
 
@@ -43,8 +42,7 @@ def choose_blocks(problem: Problem, tiles: Tiles, scores: Scores, tops: Tensor, 
     """
     most, groups = triton.next_power_of_2(problem.config.top_k), tiles.room // GROUP_BLOCKS
     by_tiles = groups > _MANY_GROUPS
-    rows = _ROWS_BY_TILES if by_tiles else _ROWS
-    programs = tiles.count * (tiles.rows // rows)
+    programs, rows = tiles.count * (tiles.rows // _ROWS), min(_ROWS, tiles.rows)
     space = torch.empty(programs, rows, most * GROUP_BLOCKS, dtype=torch.int32, device=chosen.device)
     first_level = tiles.room // tiles.blocks if by_tiles else groups
     _choose[(programs,)](
