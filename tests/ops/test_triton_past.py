@@ -16,7 +16,7 @@ from tests.ops.choices import ROUNDING, choices, masses, wrong_choices
 from tests.ops.test_triton import DEVICE, check_gradients, draw, gpu, interpreter_obstacle, needs_gpu, runs_kernels
 
 FAR = BSBRConfig(block_size=16, top_k=4, dense_below=0)
-"""With 2,000 tokens 124 past blocks, in two tiles."""
+"""With 1,312 tokens 81 past blocks, in two tiles."""
 
 UNCALIBRATED = torch.tensor([[0.0, 1, 1, 1, 1]], device=DEVICE).repeat(2, 1)
 
@@ -37,7 +37,7 @@ def way(request, monkeypatch) -> str:
     return request.param
 
 
-def late(tokens: int = 2000, rows: int = 24, outlier: float = 0.0) -> list[torch.Tensor]:
+def late(tokens: int = 1312, rows: int = 8, outlier: float = 0.0) -> list[torch.Tensor]:
     """Queries of the last rows, keys that differ by block, values; block 1 outweighs the others for the first head."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, n, heads, 16, generator=generator) for n, heads in ((rows, 2), (tokens, 1), (tokens, 1)))
@@ -47,7 +47,7 @@ def late(tokens: int = 2000, rows: int = 24, outlier: float = 0.0) -> list[torch
 
 
 @runs_kernels
-@pytest.mark.parametrize("outlier", [0.0, 8.0, 30.0])
+@pytest.mark.parametrize("outlier", [0.0, 30.0])
 @pytest.mark.parametrize("far", ["moments", "drop"])
 def test_late_queries_choose_and_read_as_the_reference(way, outlier, far):
     """A weight may be off by two steps of its score at most, whatever outweighs it and is read exactly."""
@@ -65,7 +65,7 @@ def test_late_queries_choose_and_read_as_the_reference(way, outlier, far):
 @runs_kernels
 def test_equal_blocks_in_tiles_of_different_best_go_to_the_lower(way):
     """Blocks 3 and 70 are equal, 71 is better: with two to read they are 3 and 71. The score is no whole step."""
-    blocks = 124
+    blocks = 72
     k = torch.full((1, 16 * blocks + 1, 1, 16), -1.0)
     k[:, 48:64] = k[:, 1120:1136] = 0.0371
     k[:, 1136:1152] = 0.7
@@ -78,7 +78,7 @@ def test_equal_blocks_in_tiles_of_different_best_go_to_the_lower(way):
 
 
 @runs_kernels
-@pytest.mark.parametrize("name", ["plain", "units, rows, dense prefix", "states only"])
+@pytest.mark.parametrize("name", ["plain", "states only"])
 def test_gradients_fit_the_scores_of_the_forward_pass(way, name):
     check_gradients(draw(name), torch.float32, 1e-3)
 
