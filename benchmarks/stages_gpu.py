@@ -122,13 +122,14 @@ def work(
     triangle = dense * dense / 2 * heads * width
     states = blocks * width * width
     often = 2 if backward else 1
+    score = 2 + 4 / 64  # bytes of a block's score, with its share of the tile's best
     least = {
         "dense prefix": (2 * often * dense * (heads + key_heads) * row, (14 if backward else 4) * triangle),
         "summaries": (often * (2 * keys * row + 3 * states * 2), often * 2 * keys * width * width),
-        "scores": (queries * row + past * 4.5, 4 * past * width),
-        "search": (past / 2 + pairs * (32 + 4), 0.0),
+        "scores": (queries * row + past * (score + 0.5), 4 * past * width),
+        "search": (past / 2 + pairs * (16 + 4), 0.0),
         "far and local field": (
-            2 * queries * row + past * 4, 2 * past * width + 2 * queries * width * width + 4 * local * width,
+            2 * queries * row + past * score, 2 * past * width + 2 * queries * width * width + 4 * local * width,
         ),
         "sort of pairs": (often * pairs * 12, 0.0),
         "retrieved field": (2 * pairs * row, 4 * pairs * unit * width),

@@ -6,8 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from bsbr.ops.triton.problem import Problem
-from bsbr.ops.triton.scores import Tiles, score_at, score_factors, tile_of, write_scores
+from bsbr.ops.triton.scores import Scores, Tiles, score_at, score_factors, tile_of, write_scores
 from bsbr.ops.triton.search import choose_blocks, strike_out
+from bsbr.ops.triton.short_scores import STEPS, above
 from bsbr.ops.triton.summaries import FarField, padded
 
 _SCORE_BYTES = 1 << 30
@@ -52,55 +53,72 @@ def attend_past(
     each = len(heads_here) * problem.group  # query heads, whose tiles of the same tokens follow each other
     room = triton.cdiv(problem.num_blocks, 64) * 64 if far or choose else 0
     at_once = tiles * each
+    score_bytes = 2 if problem.short_scores else 4
     if room:  # the query heads of a key head together
-        at_once = min(at_once, max(1, _SCORE_BYTES // (4 * rows * room * problem.group)) * problem.group)
-    scores = torch.empty(at_once, room // 64, rows, 64, dtype=torch.float32, device=chosen.device)
-    # the search reads whole tiles of peaks, perhaps beyond those of the last query
-    peaks = torch.empty(at_once * rows * room // 8 + 64, dtype=torch.float32, device=chosen.device)
-    tops = torch.empty(at_once, rows, dtype=torch.float32, device=chosen.device)
+        at_once = min(at_once, max(1, _SCORE_BYTES // (score_bytes * rows * room * problem.group)) * problem.group)
+    blocks = 64 if problem.most_rows >= 64 and width <= 128 else 32
+    new = chosen.new_empty
+    each_score = new(at_once, room // 64, rows, 64, dtype=torch.int16 if problem.short_scores else torch.float32)
+    # the search reads whole tiles of peaks and bests, perhaps beyond those of the last query
+    bests = new(at_once * (room // blocks) * rows + 64 * rows, dtype=torch.float32)
+    peaks = new(at_once * rows * room // 8 + 64, dtype=torch.float32)
+    scores = Scores(each_score, bests, peaks)
+    tops = new(at_once, rows, dtype=torch.float32)
     for first in range(0, tiles * each, at_once):
-        here = Tiles(first, min(at_once, tiles * each - first), tiles, rows, room, heads_here)
+        here = Tiles(first, min(at_once, tiles * each - first), tiles, rows, room, heads_here, blocks)
         if room:
-            write_scores(problem, here, tensors[0], field, calibration, scores, peaks)
+            write_scores(problem, here, tensors[0], field, calibration, scores)
         if choose:
-            choose_blocks(problem, here, scores, peaks, tops, chosen)
+            choose_blocks(problem, here, scores, tops, chosen)
         elif far and config.top_k:
-            strike_out(problem, here, scores, chosen)
+            strike_out(problem, here, scores.each, chosen)
         _attend_past[(here.count,)](
-            *tensors, field.mean_v, field.first_k, field.states, calibration, part_o, part_lse, scores, tops,
-            *(stride for x in tensors for stride in x.stride()[:3]),
+            *tensors, field.mean_v, field.first_k, field.states, calibration, part_o, part_lse, scores.each,
+            scores.bests, tops, *(stride for x in tensors for stride in x.stride()[:3]),
             tensors[1].shape[2], each, heads_here.start, first, tiles, field.centred_k.shape[1],
             field.states.shape[1], room, problem.sparse_start, problem.q_start, problem.num_queries,
             problem.score_scales[0], problem.scale,
             G=problem.group, B=config.block_size, UNIT=config.unit, TOP_K=config.top_k, D=width, DP=padded(width),
-            BM=rows, BN=64 if problem.most_rows >= 64 and width <= 128 else 32, FAR=far,
+            BM=rows, BN=blocks, FAR=far,
             FIND=not choose, STATE=config.state != "none", PIECE=min(64, padded(width)), num_warps=4, num_stages=1,
             maxnreg=168 if width <= 128 else None,
         )  # fmt: skip
 
 
 @triton.jit
+def _tile_at(scores, bests, top, start, BM: tl.constexpr, BN: tl.constexpr):
+    """How far the scores of a tile of blocks are above `top`."""
+    row, column = tl.arange(0, BM), tl.arange(0, BN)
+    # no mask: of one that ends anywhere the compiler makes loads of four bytes, and there is room for whole tiles
+    own = tl.load(scores + score_at(row[:, None], start + column[None, :], BM))
+    if scores.dtype.element_ty == tl.int16:
+        own = above(own, tl.load(bests + start // BN * BM + row) / STEPS - top)
+    else:
+        own -= top[:, None]
+    return own
+
+
+@triton.jit
 def _read_far(
-    scores, mean_v, top, stop, find: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
+    scores, bests, mean_v, top, stop, find: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
     """The softmax over the scores that are left; `top` is about the largest of them, and is found if `find` says so."""
-    row, column, d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, DP)
+    column, d = tl.arange(0, BN), tl.arange(0, DP)
     if find:
         most = tl.full([BM, BN], float("-inf"), tl.float32)
         for start in range(0, stop, BN):
-            own = tl.load(scores + score_at(row[:, None], start + column[None, :], BM))
+            own = _tile_at(scores, bests, tl.zeros([BM], tl.float32), start, BM, BN)
             most = tl.maximum(most, tl.where((start + column < stop)[None, :], own, float("-inf")))
         top = tl.max(most, 1)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, DP], tl.float32)
     for start in range(0, stop, BN):
-        # no mask: of one that ends anywhere the compiler makes loads of four bytes, and there is room for whole tiles
-        own = tl.load(scores + score_at(row[:, None], start + column[None, :], BM))
+        own = _tile_at(scores, bests, top, start, BM, BN)
         own = tl.where((start + column < stop)[None, :], own, float("-inf"))
         n = tl.minimum(start + column, stop - 1)[:, None] * D + d[None, :]
         values = tl.load(mean_v + n, mask=(d < D)[None, :], other=0.0)
-        weights = tl.exp2(own - top[:, None])
+        weights = tl.exp2(own)
         total += tl.sum(weights, 1)
         acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
     return top, total, acc
@@ -121,7 +139,7 @@ def _read_far(
     ]
 )
 def _attend_past(
-    q, k, v, mean_v, first_k, states, calibration, part_o, part_lse, scores, tops,
+    q, k, v, mean_v, first_k, states, calibration, part_o, part_lse, scores, bests, tops,
     qb, qt, qh, kb, kt, kh, vb, vt, vh,
     heads, heads_all, first_head, first_work, num_tiles, num_blocks, num_states, room, sparse_start, q_start,
     num_queries, score_scale, scale,
@@ -148,7 +166,7 @@ def _attend_past(
         if not FIND:
             top = tl.load(tops + at + tl.arange(0, BM))
         top, total, acc = _read_far(
-            scores + at * room, mean_v + z * num_blocks * D, top, stop, FIND, D, DP, BM, BN
+            scores + at * room, bests + at * (room // BN), mean_v + z * num_blocks * D, top, stop, FIND, D, DP, BM, BN
         )  # fmt: skip
         scalars = calibration + head * 5
         mean_factor, _ = score_factors(calibration, head, score_scale, score_scale)
@@ -156,7 +174,8 @@ def _attend_past(
         acc *= tl.load(scalars + 3)
         factor = scale * tl.load(scalars + 4)
         # the queries are multiplied as they are: no registers for a copy of them
-        factor = total * tl.where(tl.abs(factor) < 1e-20, 1e-20, factor)
+        factor = tl.where(tl.abs(factor) < 1e-20, 1e-20, factor)
+        factor *= tl.maximum(total, 1e-10)  # nothing may be left beside a block that outweighs all others by far
         if STATE:
             acc = acc / factor[:, None]
         # queries and state by parts of their width, and only now: fewer registers, so that three programs share a

@@ -35,6 +35,8 @@ class Problem(NamedTuple):
     """Query heads of a key head."""
     most_rows: int
     """Largest tile of queries: products in float32 and wide heads leave room for fewer."""
+    short_scores: bool
+    """Scores of past blocks are kept in 16 bits (`bsbr.ops.triton.short_scores`), as for 16-bit input."""
 
     @property
     def stop(self) -> int:
@@ -96,7 +98,7 @@ class Problem(NamedTuple):
 def make_problem(q: Tensor, k: Tensor, config: BSBRConfig, scale: float, q_start: int) -> Problem:
     """Gather the sizes of a call of `bsbr_attention`."""
     most_rows = 32 if q.element_size() > 2 else 64
-    return Problem(config, scale, q_start, q.shape[1], q.shape[2] // k.shape[2], most_rows)
+    return Problem(config, scale, q_start, q.shape[1], q.shape[2] // k.shape[2], most_rows, q.element_size() == 2)
 
 
 def why_not_triton(

@@ -11,14 +11,25 @@ import triton.language as tl
 from torch import Tensor
 
 from bsbr.ops.triton.problem import Problem
+from bsbr.ops.triton.short_scores import ROUNDING, STEPS, encode, most_of_eight
 from bsbr.ops.triton.summaries import FarField, padded
 
 GROUP_BLOCKS = 8
 """Blocks of a group, GROUP in the kernels."""
 
-
 _SHARE = 2
 """Most query heads of a key head whose scores one program computes: they share what is loaded of the blocks."""
+
+
+class Scores(NamedTuple):
+    """Scores of the past blocks of some tiles of queries; bests and peaks of those in 16 bits are in steps."""
+
+    each: Tensor
+    """[tiles, room / 64, rows, 64] float32, or int16 as `bsbr.ops.triton.short_scores` says."""
+    bests: Tensor
+    """The best of each tile of blocks, [tiles, room / blocks, rows] float32."""
+    peaks: Tensor
+    """The best of every GROUP_BLOCKS, [tiles, rows, room / GROUP_BLOCKS] float32."""
 
 
 class Tiles(NamedTuple):
@@ -36,12 +47,14 @@ class Tiles(NamedTuple):
     """Blocks there is room for."""
     heads: range
     """Key heads, counted over rows and key heads."""
+    blocks: int
+    """Blocks of a tile of blocks, 64 or 32: products in float32 and wide heads leave room for fewer."""
 
 
 def write_scores(
-    problem: Problem, tiles: Tiles, q: Tensor, field: FarField, calibration: Tensor, scores: Tensor, peaks: Tensor
+    problem: Problem, tiles: Tiles, q: Tensor, field: FarField, calibration: Tensor, scores: Scores
 ) -> None:
-    """Write the scores of all past blocks of some tiles of queries, and the largest of every GROUP_BLOCKS.
+    """Write the scores of all past blocks of some tiles of queries, the best of every GROUP_BLOCKS and of every tile.
 
     Args:
         problem: sizes.
@@ -49,18 +62,17 @@ def write_scores(
         q: [B, Tq, HQ, D].
         field: summaries.
         calibration: [HQ, 5] float32.
-        scores: where to put them, [tiles, room / 64, rows, 64] float32; what comes after a query's past means nothing.
-        peaks: where to put the largest, [tiles, rows, room / GROUP_BLOCKS] float32.
+        scores: where to put them; what comes after a query's past means nothing.
     """
     config, width = problem.config, q.shape[3]
-    fast = problem.most_rows >= 64 and width <= 128
+    fast = tiles.blocks > 32
     share = min(_SHARE, problem.group & -problem.group) if fast else 1
     _write_scores[(tiles.count // share,)](
-        q, field.centred_k, field.var_k, calibration, scores, peaks, *q.stride()[:3], q.shape[2] // problem.group,
+        q, field.centred_k, field.var_k, calibration, *scores, *q.stride()[:3], q.shape[2] // problem.group,
         len(tiles.heads) * problem.group, tiles.heads.start, tiles.first, tiles.per_head, field.centred_k.shape[1],
         tiles.room, problem.sparse_start, problem.q_start, problem.num_queries, *problem.score_scales,
         G=problem.group, B=config.block_size, UNIT=config.unit, GROUP=GROUP_BLOCKS, D=width, DP=padded(width),
-        BM=tiles.rows, SHARE=share, BN=64 if fast else 32, MOMENTS=config.far == "moments",
+        BM=tiles.rows, SHARE=share, BN=tiles.blocks, MOMENTS=config.far == "moments",
         num_warps=4 * share, num_stages=1, maxnreg=168 if share == 1 else 128,
     )  # fmt: skip
 
@@ -76,6 +88,16 @@ def tile_of(work, num_tiles, heads_all, sparse_start, G: tl.constexpr, BM: tl.co
 def score_at(row, block, BM: tl.constexpr):
     """Where a tile of BM queries has the score of a block: 64 blocks of all its queries lie together."""
     return block // 64 * (64 * BM) + row * 64 + block % 64
+
+
+@triton.jit
+def nothing_of(scores):
+    """What is written for a block that counts as nothing."""
+    if scores.dtype.element_ty == tl.int16:
+        nothing = tl.full([], -1, tl.int16)
+    else:
+        nothing = tl.full([], float("-inf"), tl.float32)
+    return nothing
 
 
 @triton.jit
@@ -148,7 +170,7 @@ def strike(scores, from_block, stop, blocks, TOP_K: tl.constexpr, BN: tl.constex
     ]
 )
 def _write_scores(
-    q, centred_k, var_k, calibration, scores, peaks, qb, qt, qh,
+    q, centred_k, var_k, calibration, scores, bests, peaks, qb, qt, qh,
     heads, heads_all, first_head, first_work, num_tiles, num_blocks, room, sparse_start, q_start, num_queries,
     mean_scale, var_scale,
     G: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
@@ -171,11 +193,15 @@ def _write_scores(
     centred_k += z * num_blocks * D
     var_k += z * num_blocks * D
     scores += tl.program_id(0).to(tl.int64) * ROWS * room
+    bests += tl.program_id(0).to(tl.int64) * ROWS * (room // BN)
     peaks += tl.program_id(0).to(tl.int64) * ROWS * (room // GROUP)
     # In the result of a product a thread holds columns 2 i, 2 i + 1 of every 8. Blocks are laid to columns such that
     # those are blocks in a row: then a thread finds the largest of a group alone, and writes them together.
     column = tl.arange(0, BN)
-    turned = place % (ROWS // 8) // 2 * 16 + place // (ROWS // 8) * 2 + place % 2
+    SHORT: tl.constexpr = scores.dtype.element_ty == tl.int16
+    LANE: tl.constexpr = 4 if SHORT else 2  # rows that a warp writes at once, 16 bytes a thread
+    turned = place % (ROWS * LANE // 16) // LANE * 16 + place // (ROWS * LANE // 16) * LANE + place % LANE
+    factor = mean_factor * STEPS if SHORT else mean_factor
     order = column // 2 % 4 * (BN // 4) + column // 8 * 2 + column % 2
     # the next tile is on its way while this one is worked on
     next_n = tl.minimum(order, stop - 1)[None, :] * D + d[:, None]
@@ -186,12 +212,26 @@ def _write_scores(
         next_n = tl.minimum(start + BN + order, stop - 1)[None, :] * D + d[:, None]
         next_k = tl.load(centred_k + next_n, mask=(d < D)[:, None], other=0.0)
         next_var = tl.load(var_k + next_n, mask=(d < D)[:, None], other=0.0) if MOMENTS else next_k
-        tile = tile_scores(tile_q, square, own_centred, own_var, mean_factor[:, None], MOMENTS)
+        tile = tile_scores(tile_q, square, own_centred, own_var, factor[:, None], MOMENTS)
+        if SHORT:
+            tile += ROUNDING
         tile = tl.permute(tl.reshape(tile, [ROWS, BN // 8, 4, 2]), (0, 2, 1, 3))
         groups = tl.reshape(tile, [ROWS, BN // GROUP, GROUP])
+        if SHORT:
+            most = most_of_eight(tl.reshape(tile, [ROWS, BN]))
+            best = tl.max(most, 1)
+            tile = encode(best[:, None][:, :, None] - groups)
+            best += 0.0 * tl.sum(most, 1) - ROUNDING  # a score that is no number leaves none of its tile's
+            most -= ROUNDING
+        else:
+            most = tl.max(groups, 2)
+            best = tl.max(most, 1)
         # rows as the threads that write them are laid out, so that a row stays in its warp
-        tile = tl.reshape(tl.permute(tl.reshape(tile, [ROWS // 16, 8, 2, BN]), (1, 0, 2, 3)), [ROWS, BN])
+        tile = tl.reshape(tile, [ROWS // 16, 16 // LANE, LANE, BN])
+        tile = tl.reshape(tl.permute(tile, (1, 0, 2, 3)), [ROWS, BN])
         block = start + tl.arange(0, BN)[None, :]
         tl.store(scores + (turned // BM * (BM * room))[:, None] + score_at((turned % BM)[:, None], block, BM), tile)
         at = place[:, None] * (room // GROUP) + start // GROUP
-        tl.store(peaks + at + tl.arange(0, BN // GROUP)[None, :], tl.max(groups, 2))
+        tl.store(peaks + at + tl.arange(0, BN // GROUP)[None, :], most)
+        at = place // BM * (BM * (room // BN)) + start // BN * BM + place % BM
+        tl.store(bests + at, best)

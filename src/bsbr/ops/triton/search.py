@@ -2,7 +2,9 @@
 
 Of every 8 blocks in a row the largest score is kept as the peak of the group. The `top_k` best blocks lie in the
 `top_k` groups of largest peak (each of these groups has a block at least as good as any other group's best, and of
-equal ones the lower), so a query looks at N / 8 peaks and 8 * top_k scores instead of N.
+equal ones the lower), so a query looks at N / 8 peaks and 8 * top_k scores instead of N. Of a long past the groups are
+found in the same way, in the tiles of blocks that hold the best: then a query looks at N / 64 of these and at
+8 * top_k peaks.
 """
 
 import torch
@@ -11,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from bsbr.ops.triton.problem import Problem
-from bsbr.ops.triton.scores import GROUP_BLOCKS, Tiles, score_at, tile_of
+from bsbr.ops.triton.scores import GROUP_BLOCKS, Scores, Tiles, nothing_of, score_at, tile_of
+from bsbr.ops.triton.short_scores import LOWEST, STEPS, steps_below
 
 _NONE = tl.constexpr(-(2**31))
 """The key of no score."""
@@ -23,24 +26,30 @@ _NOWHERE = tl.constexpr(1 << 24)
 _ROWS = 4
 """Queries that one warp searches for: no other waits for it, and its registers leave room for 28 warps."""
 
+_MANY_GROUPS = 128
+"""Groups beyond which the best are found by way of the tiles of blocks."""
 
-def choose_blocks(problem: Problem, tiles: Tiles, scores: Tensor, peaks: Tensor, tops: Tensor, chosen: Tensor) -> None:
+
+def choose_blocks(problem: Problem, tiles: Tiles, scores: Scores, tops: Tensor, chosen: Tensor) -> None:
     """Choose the `top_k` past blocks of largest score for some tiles of queries, and strike them out of the scores.
 
     Args:
         problem: sizes.
         tiles: which tiles.
-        scores, peaks: as `write_scores` wrote them; scores of chosen blocks become -inf.
+        scores: as `write_scores` wrote them; those of chosen blocks become what counts as nothing.
         tops: where to put about the largest score that is left, [tiles, rows] float32.
         chosen: where to put the blocks, best first, [B, S, HQ, top_k] int32.
     """
-    most, groups = triton.next_power_of_2(problem.config.top_k), triton.next_power_of_2(tiles.room // GROUP_BLOCKS)
+    most, groups = triton.next_power_of_2(problem.config.top_k), tiles.room // GROUP_BLOCKS
+    by_tiles = groups > _MANY_GROUPS
     programs, rows = tiles.count * (tiles.rows // _ROWS), min(_ROWS, tiles.rows)
-    space = torch.empty(programs, rows, most * GROUP_BLOCKS, dtype=torch.int32, device=scores.device)
+    space = torch.empty(programs, rows, most * GROUP_BLOCKS, dtype=torch.int32, device=chosen.device)
+    first_level = tiles.room // tiles.blocks if by_tiles else groups
     _choose[(programs,)](
-        scores, peaks, space, tops, chosen, *_sizes(problem, tiles, chosen), tiles.room, G=problem.group,
+        *scores, space, tops, chosen, *_sizes(problem, tiles, chosen), tiles.room, G=problem.group,
         B=problem.config.block_size, UNIT=problem.config.unit, TOP_K=problem.config.top_k, KP=most, GROUP=GROUP_BLOCKS,
-        GROUPS=min(64, max(16, groups)), BM=tiles.rows, ROWS=rows, num_warps=1, num_stages=1,
+        TILE=tiles.blocks, COLUMNS=min(64, max(16, triton.next_power_of_2(first_level))),
+        BY_TILES=by_tiles, BM=tiles.rows, ROWS=rows, num_warps=1, num_stages=1,
     )  # fmt: skip
 
 
@@ -48,7 +57,8 @@ def strike_out(problem: Problem, tiles: Tiles, scores: Tensor, chosen: Tensor) -
     """Strike given blocks out of the scores.
 
     Args:
-        problem, tiles, scores: as given to `choose_blocks`.
+        problem, tiles: as given to `choose_blocks`.
+        scores: `Scores.each`.
         chosen: the blocks, [B, S, HQ, top_k] int32; negative ones are none.
     """
     _strike[(tiles.count,)](
@@ -95,8 +105,10 @@ def _extract(keys, COLUMNS: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def best_groups(peaks, num_groups, room, BM: tl.constexpr, COUNT: tl.constexpr, COLUMNS: tl.constexpr):
-    """The COUNT groups of largest peak of each query, best first; `peaks` [BM, room]. Returns their keys and numbers.
+def best_groups(
+    peaks, num_groups, row_stride, column_stride, BM: tl.constexpr, COUNT: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """The COUNT groups of largest peak of each of BM queries, best first. Returns their keys and numbers.
 
     Tiles of groups from left to right: the best of the first; then, while some query still has a peak above its worst
     kept one, each inserts its best peak of the tile, if above, into its sorted list.
@@ -104,11 +116,11 @@ def best_groups(peaks, num_groups, room, BM: tl.constexpr, COUNT: tl.constexpr, 
     row, column = tl.arange(0, BM)[:, None], tl.arange(0, COLUMNS)[None, :]
     held = (column < num_groups) & (row >= 0)
     # no mask: of one that ends anywhere the compiler makes loads of four bytes, and there is room for whole tiles
-    keys = sortable(tl.load(peaks + row * room + column), held, COLUMNS)
+    keys = sortable(tl.load(peaks + row * row_stride + column * column_stride), held, COLUMNS)
     best, index = _extract(keys, COLUMNS, COUNT)
     for start in range(COLUMNS, num_groups, COLUMNS):
         held = (start + column < num_groups) & (row >= 0)
-        keys = sortable(tl.load(peaks + row * room + start + column), held, COLUMNS)
+        keys = sortable(tl.load(peaks + row * row_stride + (start + column) * column_stride), held, COLUMNS)
         value = tl.max(keys, 1)
         # across tiles only scores count: of equal ones the earlier stays ahead
         while tl.max((value > (best[COUNT - 1] | (COLUMNS - 1))).to(tl.int32), 0) > 0:
@@ -145,39 +157,87 @@ def _ascending(values, COUNT: tl.constexpr):
 
 
 @triton.jit
+def _in_order(best, number, COUNT: tl.constexpr):
+    """The numbers of the COUNT best, ascending: of equal scores the one in the lower block then comes first."""
+    found = ()
+    for j in tl.static_range(COUNT):
+        found += (tl.where(best[j] == _NONE, _NOWHERE, number[j]),)
+    return _ascending(found, COUNT)
+
+
+@triton.jit
+def _members(found, COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EACH: tl.constexpr):
+    """The numbers of all EACH members of what was found, ascending, [ROWS, COLUMNS]."""
+    column = tl.arange(0, COLUMNS)[None, :]
+    whose = tl.full([ROWS, COLUMNS], _NOWHERE, tl.int32)
+    for j in tl.static_range(COUNT):
+        whose = tl.where(column // EACH == j, found[j][:, None], whose)
+    return whose * EACH + column % EACH
+
+
+@triton.jit
+def _groups_of_tiles(
+    bests, peaks, space, num_tiles, num_groups, room, BM: tl.constexpr, ROWS: tl.constexpr, TOP_K: tl.constexpr,
+    KP: tl.constexpr, EACH: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The TOP_K groups of largest peak, ascending; the next best key, and about the best score of other tiles.
+
+    They lie in the TOP_K best tiles of EACH groups, as the best blocks lie in the best groups.
+    """
+    row, column = tl.arange(0, ROWS), tl.arange(0, KP * EACH)[None, :]
+    best, tile = best_groups(bests, num_tiles, 1, BM, ROWS, TOP_K + 1, COLUMNS)
+    group = _members(_in_order(best, tile, TOP_K), TOP_K, ROWS, KP * EACH, EACH)
+    at = row[:, None] * room + tl.minimum(group, room - 1)
+    keys = sortable(tl.load(peaks + at), group < num_groups, KP * EACH)
+    peak, place = _extract(keys, KP * EACH, TOP_K + 1)
+    tl.store(space + row[:, None] * (KP * EACH) + column, group)
+    tl.debug_barrier()
+    places, found = _in_order(peak, place, TOP_K), ()
+    for j in tl.static_range(TOP_K):
+        real = places[j] < _NOWHERE
+        found += (tl.load(space + row * (KP * EACH) + places[j], mask=real, other=_NOWHERE),)
+    tl.debug_barrier()
+    return found, peak[TOP_K], score_of(best[TOP_K])
+
+
+@triton.jit
 def best_blocks(
-    scores, peaks, space, place, stop, room, BM: tl.constexpr, ROWS: tl.constexpr, TOP_K: tl.constexpr,
-    KP: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr,
+    scores, bests, peaks, space, place, stop, room, BM: tl.constexpr, ROWS: tl.constexpr, TOP_K: tl.constexpr,
+    KP: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, BY_TILES: tl.constexpr,
 ):  # fmt: skip
     """The TOP_K best blocks of queries before `stop`, [ROWS, KP], best first, and about the best score of the others.
 
-    `scores` belong to a tile of BM queries, in which these are at `place`; `peaks` [ROWS, room / 8] and `space`
-    [ROWS, 8 KP] to this program. Columns from TOP_K on mean nothing.
+    `scores` and `bests` belong to a tile of BM queries, in which these are at `place`, from `bests` on; `peaks`
+    [ROWS, room / 8] and `space` [ROWS, 8 KP] to this program. Columns from TOP_K on mean nothing.
     """
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, KP * GROUP)[None, :]
-    peak, group = best_groups(
-        peaks, tl.cdiv(stop, GROUP), tl.multiple_of(room // GROUP, 8), ROWS, TOP_K + 1, COLUMNS
-    )  # fmt: skip
-    found = ()
-    for j in tl.static_range(TOP_K):
-        found += (tl.where(peak[j] == _NONE, _NOWHERE, group[j]),)
-    found = _ascending(found, TOP_K)  # of equal scores the one in the lower block comes first
-    group = tl.full([ROWS, KP * GROUP], _NOWHERE, tl.int32)
-    for j in tl.static_range(TOP_K):
-        group = tl.where(column // GROUP == j, found[j][:, None], group)
-    block = group * GROUP + column % GROUP
+    room_groups = tl.multiple_of(room // GROUP, 8)
+    num_groups = tl.cdiv(stop, GROUP)
+    if BY_TILES:
+        found, next_peak, others = _groups_of_tiles(
+            bests, peaks, space, tl.cdiv(stop, TILE), num_groups, room_groups, BM, ROWS, TOP_K, KP, TILE // GROUP,
+            COLUMNS,
+        )  # fmt: skip
+        others = tl.maximum(others, score_of(next_peak))
+    else:
+        peak, group = best_groups(peaks, num_groups, room_groups, 1, ROWS, TOP_K + 1, COLUMNS)
+        found, others = _in_order(peak, group, TOP_K), score_of(peak[TOP_K])
+    block = _members(found, TOP_K, ROWS, KP * GROUP, GROUP)
     tl.store(space + row * (KP * GROUP) + column, block)
-    held = block < stop
-    first = score_at(place[:, None], tl.minimum(group, room // GROUP - 1) * GROUP, BM)
-    keys = sortable(tl.load(scores + first + column % GROUP), held, KP * GROUP)
-    best, place = _extract(keys, KP * GROUP, TOP_K + 1)
+    inside = tl.minimum(block, room - GROUP + column % GROUP)
+    values = tl.load(scores + score_at(place[:, None], inside, BM))
+    if scores.dtype.element_ty == tl.int16:
+        values = tl.load(bests + row + inside // TILE * BM) - steps_below(values)
+    best, place = _extract(sortable(values, block < stop, KP * GROUP), KP * GROUP, TOP_K + 1)
+    top = tl.maximum(score_of(best[TOP_K]), others)
+    if scores.dtype.element_ty == tl.int16:  # not below what is so far below its tile's best that it counts as nothing
+        top = tl.ceil(tl.maximum(top, score_of(best[0]) - LOWEST)) / STEPS
     rank = tl.arange(0, KP)[None, :]
     places = tl.zeros([ROWS, KP], tl.int32)
     for j in tl.static_range(TOP_K):
         places = tl.where(rank == j, place[j][:, None], places)
     tl.debug_barrier()
-    blocks = tl.load(space + row * (KP * GROUP) + places)
-    return blocks, tl.maximum(score_of(best[TOP_K]), score_of(peak[TOP_K]))
+    return tl.load(space + row * (KP * GROUP) + places), top
 
 
 @triton.jit
@@ -197,9 +257,10 @@ def _whose(
     do_not_specialize=["heads", "heads_all", "first_head", "first_work", "num_tiles", "sparse_start", "num_sparse"]
 )
 def _choose(
-    scores, peaks, space, tops, chosen, heads, heads_all, first_head, first_work, num_tiles, sparse_start, num_sparse,
-    room, G: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, TOP_K: tl.constexpr, KP: tl.constexpr,
-    GROUP: tl.constexpr, GROUPS: tl.constexpr, BM: tl.constexpr, ROWS: tl.constexpr,
+    scores, bests, peaks, space, tops, chosen, heads, heads_all, first_head, first_work, num_tiles, sparse_start,
+    num_sparse, room, G: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, TOP_K: tl.constexpr, KP: tl.constexpr,
+    GROUP: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, BY_TILES: tl.constexpr, BM: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     own = tl.program_id(0) // (BM // ROWS)
     place = tl.program_id(0) % (BM // ROWS) * ROWS + tl.arange(0, ROWS)
@@ -208,17 +269,17 @@ def _choose(
     )  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * ROWS
     scores += own.to(tl.int64) * BM * room
+    bests += own.to(tl.int64) * BM * (room // TILE) + tl.program_id(0) % (BM // ROWS) * ROWS
     peaks += at * tl.multiple_of(room // GROUP, 8)
     blocks, top = best_blocks(
-        scores, peaks, space + at * (KP * GROUP), place, first // B * (B // UNIT), room, BM, ROWS, TOP_K, KP, GROUP,
-        GROUPS,
+        scores, bests, peaks, space + at * (KP * GROUP), place, first // B * (B // UNIT), room, BM, ROWS, TOP_K, KP,
+        GROUP, TILE, COLUMNS, BY_TILES,
     )  # fmt: skip
     rank = tl.arange(0, KP)[None, :]
     kept = real[:, None] & (rank < TOP_K)
     tl.store(chosen + to[:, None] + rank, blocks, mask=kept)
     tl.store(tops + at + tl.arange(0, ROWS), top)
-    nothing = tl.full([ROWS, KP], float("-inf"), tl.float32)
-    tl.store(scores + score_at(place[:, None], blocks, BM), nothing, mask=kept)
+    tl.store(scores + score_at(place[:, None], blocks, BM), nothing_of(scores), mask=kept)
 
 
 @triton.jit(
@@ -236,4 +297,4 @@ def _strike(
     rank = tl.arange(0, KP)[None, :]
     block = tl.load(chosen + at[:, None] + rank, mask=real[:, None] & (rank < TOP_K), other=-1)
     to = scores + tl.program_id(0).to(tl.int64) * BM * room + score_at(place[:, None], block, BM)
-    tl.store(to, tl.full([BM, KP], float("-inf"), tl.float32), mask=block >= 0)
+    tl.store(to, nothing_of(scores), mask=block >= 0)

@@ -1,0 +1,112 @@
+"""Scores of past blocks in 16 bits, and the search by tiles of blocks, in float32: at full precision of products.
+
+Kernels take the one for 16-bit input and the other for a long past; here both are asked for.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bsbr.config import BSBRConfig
+from bsbr.ops import bsbr_attention, reference_attention
+from tests.ops.choices import ROUNDING, choices, masses, wrong_choices
+from tests.ops.test_triton import DEVICE, check_gradients, draw, gpu, interpreter_obstacle, needs_gpu, runs_kernels
+
+FAR = BSBRConfig(block_size=16, top_k=4, dense_below=0)
+"""With 1,312 tokens 81 past blocks, in two tiles."""
+
+UNCALIBRATED = torch.tensor([[0.0, 1, 1, 1, 1]], device=DEVICE).repeat(2, 1)
+
+
+@pytest.fixture(params=["16 bits", "by tiles", "16 bits, by tiles"])
+def way(request, monkeypatch) -> str:
+    """Ask for it."""
+    from bsbr.ops.triton import operator, problem, search
+
+    make = problem.make_problem
+    short = "16 bits" in request.param
+    for module in (operator, problem):
+        monkeypatch.setattr(
+            module, "make_problem", lambda *sizes: make(*sizes)._replace(most_rows=64, short_scores=short)
+        )
+    if "by tiles" in request.param:
+        monkeypatch.setattr(search, "_MANY_GROUPS", 0)
+    return request.param
+
+
+def late(tokens: int = 1312, rows: int = 8, outlier: float = 0.0) -> list[torch.Tensor]:
+    """Queries of the last rows, keys that differ by block, values; block 1 outweighs the others for the first head."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, heads, 16, generator=generator) for n, heads in ((rows, 2), (tokens, 1), (tokens, 1)))
+    k += torch.randn(1, tokens // 16, 1, 16, generator=generator).repeat_interleave(16, 1)
+    k[:, 16:32] += outlier * q[0, 0, 0]
+    return [x.to(DEVICE) for x in (q, k, v)]
+
+
+@runs_kernels
+@pytest.mark.parametrize("outlier", [0.0, 30.0])
+@pytest.mark.parametrize("far", ["moments", "drop"])
+def test_late_queries_choose_and_read_as_the_reference(way, outlier, far):
+    """A weight may be off by two steps of its score at most, whatever outweighs it and is read exactly."""
+    q, k, v = late(outlier=outlier)
+    config = BSBRConfig(block_size=16, top_k=4, dense_below=0, far=far, state="none" if far == "drop" else "global")
+    start = k.shape[1] - q.shape[1]
+    found = choices("triton", q, k, v, config, UNCALIBRATED, start)
+    mass, size = masses(q.cpu(), k.cpu(), config, UNCALIBRATED.cpu(), start)
+    assert wrong_choices(found.cpu(), mass, size, config.top_k, ROUNDING["triton"])[0] == 0
+    expected = reference_attention(q, k, v, config, q_start=start, block_indices=found)[0]
+    actual = bsbr_attention(q, k, v, config, q_start=start, backend="triton")
+    assert (actual.double() - expected).abs().max() <= (2.0**-11 if far != "drop" else 2.0**-18) * v.abs().max()
+
+
+@runs_kernels
+def test_equal_blocks_in_tiles_of_different_best_go_to_the_lower(way):
+    """Blocks 3 and 70 are equal, 71 is better: with two to read they are 3 and 71. The score is no whole step."""
+    blocks = 72
+    k = torch.full((1, 16 * blocks + 1, 1, 16), -1.0)
+    k[:, 48:64] = k[:, 1120:1136] = 0.0371
+    k[:, 1136:1152] = 0.7
+    v = torch.zeros_like(k)
+    v[:, 48:64, :, 0] = v[:, 1120:1136, :, 1] = v[:, 1136:1152, :, 2] = 1
+    q = torch.ones(1, 1, 2, 16)
+    config = BSBRConfig(block_size=16, top_k=2, far="drop", dense_below=0)
+    o = bsbr_attention(*(x.to(DEVICE) for x in (q, k, v)), config, q_start=16 * blocks, backend="triton")
+    assert (o[0, 0, 0, :3] > 0).tolist() == [True, False, True]
+
+
+@runs_kernels
+@pytest.mark.parametrize("name", ["plain", "states only"])
+def test_gradients_fit_the_scores_of_the_forward_pass(way, name):
+    check_gradients(draw(name), torch.float32, 1e-3)
+
+
+@runs_kernels
+def test_a_key_that_is_no_number_shows_where_its_block_is_past(way):
+    q, k, v = late()
+    k[0, 100] = torch.nan
+    o = bsbr_attention(q, k, v, FAR, q_start=k.shape[1] - q.shape[1], backend="triton")
+    assert o.isnan().any(-1).all()
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_long_past_is_searched_as_well_as_products_of_16_bits_allow(dtype):
+    q, k, v = (x.to(dtype) for x in late(tokens=16_000, rows=200))
+    start = k.shape[1] - q.shape[1]
+    found = choices("triton", q, k, v, FAR, UNCALIBRATED, start)
+    mass, size = masses(q.cpu(), k.cpu(), FAR, UNCALIBRATED.cpu(), start)
+    assert wrong_choices(found.cpu(), mass, size, FAR.top_k, 2.0**-11)[0] == 0
+
+
+@pytest.mark.skipif(interpreter_obstacle() is not None, reason=str(interpreter_obstacle()))
+def test_kernels_under_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert "passed" in result.stdout
