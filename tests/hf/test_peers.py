@@ -4,15 +4,15 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bsbr import convert, revert
 from bsbr.errors import UserError
 from bsbr.hf import attention_modules, build_model, count_parameters, match_parameters
 from bsbr.hf.mixers import read_settings, write_settings
-from bsbr.hf.parameters import attention_shape
-from bsbr.peers import PEERS, cost, make
+from bsbr.hf.parameters import AdditiveParameters, attention_shape
+from bsbr.peers import PEERS, AdditiveConfig, cost, make
 from tests.hf.families import SIZES
 
 SMALL = {
@@ -243,3 +243,18 @@ def test_settings_are_read_inside_one_graph():
         torch._dynamo.reset()
         compiled = torch.compile(width, backend="eager", fullgraph=True)
         assert compiled(torch.zeros(())) == len(settings(name).mixer)
+
+
+@pytest.mark.parametrize("tokens", [17, 24, 25])
+def test_the_additive_form_retrieves_by_the_last_token_of_the_block_before(tokens):
+    config = LlamaConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, intermediate_size=16, vocab_size=9)
+    additive = AdditiveConfig(block_size=8)
+    module = attention_modules(convert(LlamaForCausalLM(config), additive))[0]
+    parameters = next(part for part in module.modules() if isinstance(part, AdditiveParameters))
+    hidden = torch.zeros(1, tokens, 16)
+    hidden[:, 7::8] = torch.arange(1, 1 + hidden[:, 7::8].shape[1])[:, None].float()
+    past = (tokens - 1) // 8
+    expected = torch.arange(1, 1 + past).float()[:, None].expand(past, 16)
+    for found, name in zip(parameters.meta(hidden, 8), "rh", strict=True):
+        weight, bias = (getattr(parameters, f"{name}_{part}") for part in ("weight", "bias"))
+        assert torch.allclose(found.flatten(2)[0], expected @ weight.T + bias, atol=1e-6)

@@ -35,7 +35,7 @@ CASES = {
     "means with state": (
         BSBRConfig(block_size=16, top_k=1, dense_below=0, far="mean", state="global"), (1, 60, 3, 3, 16), 0,
     ),
-    "no state": (BSBRConfig(block_size=16, top_k=2, dense_below=0, state="none"), (1, 90, 2, 1, 16), 0),
+    "no state": (BSBRConfig(block_size=16, top_k=2, dense_below=0, state="none"), (1, 90, 4, 2, 16), 0),
     "all dense": (BSBRConfig(block_size=32, top_k=2, dense_below=128), (1, 60, 2, 1, 16), 0),
 }  # fmt: skip
 
