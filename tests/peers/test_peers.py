@@ -65,6 +65,10 @@ def test_full_local_and_moba_are_softmax_attention_where_they_read():
     one = moba_attention(q, k, v, block_size=8, top_k=1)
     assert torch.allclose(one[:, :16], plain(q, k, v, causal)[:, :16], atol=1e-6)
     assert not torch.allclose(one[:, 24:], plain(q, k, v, causal)[:, 24:], atol=1e-3)
+    means = k[:, :32].unflatten(1, (4, 8)).mean(2).repeat_interleave(2, 2)
+    scores = torch.einsum("bthd,bnhd->bhtn", q, means).masked_fill(block[:, None] <= torch.arange(4), -torch.inf)
+    best = scores.argmax(-1)[..., None] == block  # [rows, heads, 37, 37]
+    assert torch.allclose(one, plain(q, k, v, causal & (own | best)), atol=1e-6)
 
 
 def test_value_only_repeats_its_own_value():
