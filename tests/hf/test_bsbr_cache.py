@@ -51,6 +51,22 @@ def read(logits, model, ids, sizes, cache=None, **inputs):
     return torch.cat(parts, 1)
 
 
+def test_going_back_in_rows_that_hold_padding_and_change_places(tiny, tokens, logits):
+    converted, ids, more = convert(tiny("llama"), CONFIG), tokens(3, 40), tokens(3, 9, seed=1)
+    mask = torch.ones_like(ids)
+    mask[0, 32:], mask[1, 20:] = 0, 0  # what is left of 27 slots is 27, 20 and 27 tokens
+    cache, order = BSBRCache(converted.config), [2, 1, 0]
+    logits(converted, ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+    cache.reorder_cache(torch.tensor(order))
+    cache.crop(-13)
+    mask = torch.cat([mask[order, :27], torch.ones_like(more)], 1)
+    inputs = {"attention_mask": mask, "position_ids": mask.cumsum(1)[:, 27:] - 1}
+    found = logits(converted, more, past_key_values=cache, use_cache=True, **inputs)
+    for row, own in enumerate(order):
+        text = torch.cat([ids[own, : 20 if own == 1 else 27], more[row]])[None]
+        assert_same(found[row], logits(converted, text)[0, -9:])
+
+
 @pytest.mark.parametrize("size", CHUNKS)
 def test_prefill_in_chunks_of_any_size_equals_one_forward_pass(family, size, tiny, tokens, logits):
     converted, ids = convert(tiny(family), CONFIG), tokens(1, T)
@@ -198,22 +214,6 @@ def test_one_prompt_can_be_read_once_and_continued_many_times(tiny, tokens, logi
     cache.reset()
     assert cache.get_seq_length() == 0
     assert_same(logits(converted, ids, past_key_values=cache, use_cache=True), whole)
-
-
-def test_going_back_in_rows_that_hold_padding_and_change_places(tiny, tokens, logits):
-    converted, ids, more = convert(tiny("llama"), CONFIG), tokens(3, 40), tokens(3, 9, seed=1)
-    mask = torch.ones_like(ids)
-    mask[0, 32:], mask[1, 20:] = 0, 0  # what is left of 27 slots is 27, 20 and 27 tokens
-    cache, order = BSBRCache(converted.config), [2, 1, 0]
-    logits(converted, ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-    cache.reorder_cache(torch.tensor(order))
-    cache.crop(-13)
-    mask = torch.cat([mask[order, :27], torch.ones_like(more)], 1)
-    inputs = {"attention_mask": mask, "position_ids": mask.cumsum(1)[:, 27:] - 1}
-    found = logits(converted, more, past_key_values=cache, use_cache=True, **inputs)
-    for row, own in enumerate(order):
-        text = torch.cat([ids[own, : 20 if own == 1 else 27], more[row]])[None]
-        assert_same(found[row], logits(converted, text)[0, -9:])
 
 
 def test_chunked_prefill_of_generate(family, tiny, tokens):

@@ -7,7 +7,9 @@ import torch
 
 from bsbr import BSBRConfig, convert
 from bsbr.hf import attention_modules
-from bsbr.peers import AdditiveConfig
+from bsbr.hf.call import Call
+from bsbr.hf.mixers import MIXERS, attend
+from bsbr.peers import AdditiveConfig, make
 
 SPARSE = BSBRConfig(dense_below=0, block_size=8, top_k=1)
 
@@ -73,6 +75,16 @@ def test_autocast_runs_with_float32_summaries(tiny, tokens):
     for module in attention_modules(converted):
         assert module.bsbr.calibration.grad.dtype == torch.float32
         assert module.bsbr.calibration.grad.any()
+
+
+@pytest.mark.parametrize(("name", "settings"), [("bsbr", SPARSE), ("linear", make("linear", {}))])
+def test_autocast_stays_out_of_the_attention(name, settings):
+    q, k, v = torch.randn(3, 1, 48, 2, 16, generator=torch.Generator().manual_seed(0))
+    call = Call(q, k, v, None, 0.25, 0, None, 0.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = attend(call, MIXERS[name], settings, None)
+    low = call._replace(q=q.bfloat16(), k=k.bfloat16(), v=v.bfloat16())
+    assert torch.equal(under, attend(low, MIXERS[name], settings, None))
 
 
 def test_bfloat16(tiny, tokens, logits):
