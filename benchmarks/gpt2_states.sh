@@ -7,18 +7,18 @@ model=$1 held_out=$2 other=$3 output=$4
 mkdir -p "$output"
 window="--block-size 32 --top-k 3 --selection recent"
 
-study() { # name, learning rate, then options of the calibration
-    name=$1 lr=$2
-    shift 2
+study() { # name, learning rate, windows of a step, then options of the calibration
+    name=$1 lr=$2 step=$3
+    shift 3
     python3 -m bsbr.cli convert "$model" "$output/converted_$name" $window --dense-below 0 --calibrate "$other" \
         --calibration-tokens 65536 --calibration-length 1024 --calibration-queries 1024 --device cuda "$@"
     python3 -m bsbr.cli finetune "$output/converted_$name" "$output/finetuned_$name" --text "$other" --val "$held_out" \
-        --scope all --precision float16 --length 1024 --batch-windows 8 --accumulation 1 --distill-tokens 5000000 \
+        --scope all --precision float16 --length 1024 --batch-windows "$step" --accumulation 1 --distill-tokens 5000000 \
         --lr "$lr" --eval-interval 122 --eval-windows 12 --save-interval 1000000 --device cuda
     python3 -m benchmarks.fidelity --model "$model" --text "$held_out" --calibration-text "$other" --length 1024 --after 256 \
         $window --windows 40 --batch-tokens 20480 --calibration-tokens 65536 --calibration-queries 1024 --device cuda \
         --finetuned "$output/finetuned_$name" --output "$output/fidelity_gpt2-30m_$name.json" "$@"
 }
 
-study window 2e-5
-study window_even 1e-4 --even-top-k
+study window 2e-5 8
+study window_even 1e-4 4 --even-top-k

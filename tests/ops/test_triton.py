@@ -242,12 +242,19 @@ def interpreter_obstacle() -> str | None:
     return "triton's interpreter needs numpy below 2.4" if version >= (2, 4) else None
 
 
-@pytest.mark.skipif(interpreter_obstacle() is not None, reason=str(interpreter_obstacle()))
-def test_kernels_under_the_interpreter():
-    """The switch has to be set before triton is imported, so these tests run in a process of their own."""
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", __file__]
+not_interpreted = pytest.mark.skipif(interpreter_obstacle() is not None, reason=str(interpreter_obstacle()))
+
+
+def pass_under_the_interpreter(file: str) -> None:
+    """Run a file of tests in a process of its own: the switch has to be set before triton is imported."""
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", file]
     result = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stdout[-3000:]
     assert "passed" in result.stdout
+
+
+@not_interpreted
+def test_kernels_under_the_interpreter():
+    pass_under_the_interpreter(__file__)

@@ -1,9 +1,5 @@
 """A step of decoding by kernels computes what the reference defines: on a GPU, or interpreted on a CPU."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -12,7 +8,7 @@ from bsbr.ops import reference_attention
 from bsbr.ops.block_cache import BlockCache
 from bsbr.ops.triton.problem import why_not_decode
 from tests.ops.cases import Case, error_bound
-from tests.ops.test_triton import DEVICE, GPU, gpu, interpreter_obstacle, needs_gpu, runs_kernels
+from tests.ops.test_triton import DEVICE, GPU, gpu, needs_gpu, not_interpreted, pass_under_the_interpreter, runs_kernels
 
 CASES = {
     "plain": (BSBRConfig(block_size=32, top_k=2, dense_below=0), (1, 162, 4, 2, 16), 1, "full"),
@@ -145,11 +141,6 @@ def test_a_cuda_graph_of_a_step_goes_on_through_the_text():
     assert torch.equal(torch.cat(outputs, 1), decoded(again, tensors, case.calibration, start, 12_000, 1))
 
 
-@pytest.mark.skipif(interpreter_obstacle() is not None, reason=str(interpreter_obstacle()))
+@not_interpreted
 def test_kernels_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout[-3000:]
-    assert "passed" in result.stdout
+    pass_under_the_interpreter(__file__)

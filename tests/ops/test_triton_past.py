@@ -3,17 +3,22 @@
 Kernels take the one for 16-bit input and the other for a long past; here both are asked for.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from bsbr.config import BSBRConfig
 from bsbr.ops import bsbr_attention, reference_attention
 from tests.ops.choices import ROUNDING, choices, masses, wrong_choices
-from tests.ops.test_triton import DEVICE, check_gradients, draw, gpu, interpreter_obstacle, needs_gpu, runs_kernels
+from tests.ops.test_triton import (
+    DEVICE,
+    check_gradients,
+    draw,
+    gpu,
+    needs_gpu,
+    not_interpreted,
+    pass_under_the_interpreter,
+    runs_kernels,
+)
 
 FAR = BSBRConfig(block_size=16, top_k=4, dense_below=0)
 """With 1,312 tokens 81 past blocks, in two tiles."""
@@ -102,11 +107,6 @@ def test_a_long_past_is_searched_as_well_as_products_of_16_bits_allow(dtype):
     assert wrong_choices(found.cpu(), mass, size, FAR.top_k, 2.0**-11)[0] == 0
 
 
-@pytest.mark.skipif(interpreter_obstacle() is not None, reason=str(interpreter_obstacle()))
+@not_interpreted
 def test_kernels_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout[-3000:]
-    assert "passed" in result.stdout
+    pass_under_the_interpreter(__file__)

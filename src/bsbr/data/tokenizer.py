@@ -94,7 +94,8 @@ def remember_no_words(tokenizer: Tokenizer) -> Tokenizer:
     """Keep a BPE tokenizer from storing the words it has split, which a process would not get back.
 
     Source: models/bpe/model.rs of the tokenizers library, 0.23. There each thread has a table of the words of every
-    BPE model ever used in it, and nothing removes a model that is gone. Without it encoding is no slower.
+    BPE model ever used in it, and nothing removes a model that is gone. Without it encoding takes a fifth longer
+    (docs/log.md).
 
     Args:
         tokenizer: any of transformers; it is changed where it has such a table.
