@@ -5,6 +5,8 @@ import json
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
 from bsbr import BSBRConfig, calibrate, convert, revert
@@ -104,6 +106,10 @@ def test_a_sliding_layer_cannot_be_asked_for(tiny):
         convert(tiny("gemma3_text"), SPARSE, layers=[0])
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.18"),
+    reason="transformers before 5.18 gives a drafter's sliding window more keys than its mask has",
+)
 @pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss"])
 def test_drafts_are_rolled_back_behind_a_sliding_window(family, tiny, tokens):
     """The drafter's own cache has sliding layers too, and is cut back when a draft is refused."""

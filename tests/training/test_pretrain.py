@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from bsbr.errors import UserError
 from bsbr.training.pretrain import PretrainConfig, run_pretrain
@@ -106,9 +107,30 @@ def test_a_time_budget_ends_the_run_and_its_decay(texts: dict[str, Path], tmp_pa
 def test_a_loss_that_is_not_finite_stops_therun(
     texts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Trainer, "_steps", lambda self, last: float("nan"))
+    def lost(self: Trainer, last: int) -> float:
+        self.step = last  # or a trainer that does not stop would never end
+        return float("nan")
+
+    monkeypatch.setattr(Trainer, "_steps", lost)
     with pytest.raises(UserError, match="the loss is nan"):
         run(texts, tmp_path / "out")
+
+
+def test_gradients_are_clipped(texts: dict[str, Path], tmp_path: Path) -> None:
+    """At each step, over all parameters together; without clipping they are larger here."""
+    norms: dict[float, list[float]] = {}
+
+    def seen(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms[clip].append(torch.cat([gradient.flatten() for gradient in gradients]).norm().item())
+
+    hook = register_optimizer_step_pre_hook(seen)
+    for clip in (0.01, 1e9):
+        norms[clip] = []
+        run(texts, tmp_path / f"{clip}", clip=clip, tokens=64 * 4, optimizer="adamw")
+    hook.remove()
+    assert max(norms[0.01]) <= 0.01 * (1 + 1e-4)
+    assert min(norms[1e9]) > 0.1
 
 
 def test_bfloat16_trains_too(texts: dict[str, Path], tmp_path: Path) -> None:

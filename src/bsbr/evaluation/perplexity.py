@@ -79,20 +79,6 @@ def scored_rows(rows: Tensor, window: Window) -> Tensor:
     return rows[window.first_scored - 1 - window.start : window.stop - 1 - window.start]
 
 
-def scored_bytes(document: Document, window: Window) -> int | None:
-    """UTF-8 bytes of the source text under a window's scored tokens.
-
-    Args:
-        document: the document.
-        window: the window.
-    Returns:
-        Bytes, or None where the tokenizer gave no offsets.
-    """
-    if document.token_bytes is None:
-        return None
-    return sum(document.token_bytes[window.first_scored : window.stop])
-
-
 def perplexity(
     model: Any,
     documents: Sequence[Document],

@@ -154,16 +154,21 @@ def _exact_fields(
     most = config.top_k if counts is None else int(counts.max())
     if not most:
         return sample.local_lse, sample.local_o, None
-    read = _choose(mass, most, counts, config, sample.key_heads)
-    parts = sample.block_lse.masked_fill(~read, -math.inf)
+    index, kept = _choose(mass, most, counts, config, sample.key_heads)
+    parts = sample.block_lse.gather(2, index).masked_fill(~kept, -math.inf)
     lse = torch.logaddexp(sample.local_lse, parts.logsumexp(2))
     o = (sample.local_lse - lse).exp()[..., None] * sample.local_o
     weights = (parts - lse[:, :, None]).exp()
-    return lse, o + torch.einsum("whns,whsnv->whsv", weights, sample.block_o), read
+    # the outputs of all blocks are what takes most memory: only those of chosen blocks are read
+    block_o = sample.block_o.take_along_dim(index.mT[..., None], 3)
+    read = torch.zeros_like(mass, dtype=torch.bool).scatter_(2, index, kept)
+    return lse, o + torch.einsum("whks,whskv->whsv", weights, block_o), read
 
 
-def _choose(mass: Tensor, most: int, counts: Tensor | None, config: BSBRConfig, key_heads: int) -> Tensor:
-    """Whether each query reads a block, [W, HQ, N, S]."""
+def _choose(
+    mass: Tensor, most: int, counts: Tensor | None, config: BSBRConfig, key_heads: int
+) -> tuple[Tensor, Tensor]:
+    """Blocks each query may read, best first, and whether it does, [W, HQ, K, S] each."""
     if config.selection == "group":
         share = (mass - mass.logsumexp(2, keepdim=True)).unflatten(1, (key_heads, -1))
         mass = share.amax(2, keepdim=True).expand_as(share).flatten(1, 2)
@@ -174,4 +179,4 @@ def _choose(mass: Tensor, most: int, counts: Tensor | None, config: BSBRConfig, 
     kept = torch.ones_like(index, dtype=torch.bool)
     if counts is not None:
         kept &= torch.arange(index.shape[2], device=mass.device)[:, None] < counts.to(mass.device)[:, None, None]
-    return torch.zeros_like(mass, dtype=torch.bool).scatter_(2, index, kept)
+    return index, kept
