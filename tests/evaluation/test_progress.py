@@ -34,6 +34,16 @@ def test_stages_are_lines_where_no_bar_can_be_drawn() -> None:
     assert console.file.getvalue().count("Measuring speed (100 % done)\n") == 1
 
 
+def test_steps_of_a_long_stage_are_lines_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter((0.0, 10.0, 45.0, 60.0))
+    monkeypatch.setattr("bsbr.evaluation.progress.time.monotonic", lambda: next(clock))
+    console = Console(file=io.StringIO())
+    progress = EvaluationProgress(4, console)
+    for detail in ("first", "second", "third", "fourth"):
+        progress.stage("16384 tokens", detail)
+    assert console.file.getvalue() == "Measuring 16384 tokens (0 % done)\n  third (0 % done)\n"
+
+
 def test_without_a_console_nothing_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     with EvaluationProgress(1, None) as progress:
         progress.stage("speed", "128 tokens")

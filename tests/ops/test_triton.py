@@ -10,6 +10,7 @@ import torch
 
 from bsbr.config import BSBRConfig
 from bsbr.ops import bsbr_attention, reference_attention, resolve_backend
+from bsbr.ops.triton.problem import why_not_triton
 from tests.ops.cases import Case, error_bound
 
 GPU = torch.cuda.is_available()
@@ -228,6 +229,14 @@ def test_what_it_cannot_compute_is_named():
     assert resolve_backend("auto", q, v, v, BSBRConfig())[0] == "chunked"
     with pytest.raises(ValueError, match="triton"):
         resolve_backend("triton", q, v, v, BSBRConfig(state="token"))
+
+
+def test_more_blocks_than_the_compiler_takes_in_seconds_are_left_to_other_backends(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x = torch.zeros(1, 9, 2, 64)
+    assert why_not_triton(x, x, x, BSBRConfig(top_k=32)) is None
+    assert why_not_triton(x, x, x, BSBRConfig(top_k=33)) == "top_k 33"
 
 
 def interpreter_obstacle() -> str | None:

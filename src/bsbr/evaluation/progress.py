@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -17,6 +18,9 @@ from rich.progress import (
 )
 
 from bsbr.terminal import harmless
+
+_SILENCE_S = 30.0
+"""Seconds between lines in a log file, within a part."""
 
 
 class EvaluationProgress:
@@ -34,6 +38,7 @@ class EvaluationProgress:
         self._console = console
         self._stopping = False
         self._part = ""
+        self._said = 0.0
         self._previous: Any = None
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -70,9 +75,15 @@ class EvaluationProgress:
         """
         part, detail = harmless(part), harmless(detail)
         self._bar.update(self._task, description=escape(f"{part}: {detail}"))
-        # Where no bar can be drawn (a log file), a line for each part is what shows progress.
-        if self._console is not None and not self._console.is_terminal and part != self._part:
-            self.say(f"Measuring {part} ({self._bar.tasks[0].percentage:.0f} % done)")
+        # Where no bar can be drawn (a log file), a line for each part, and for steps of a long one, shows progress.
+        if self._console is not None and not self._console.is_terminal:
+            now, done = time.monotonic(), f"({self._bar.tasks[0].percentage:.0f} % done)"
+            if part != self._part:
+                self.say(f"Measuring {part} {done}")
+                self._said = now
+            elif now - self._said > _SILENCE_S:
+                self.say(f"  {detail} {done}")
+                self._said = now
         self._part = part
 
     def advance(self, units: float) -> None:

@@ -20,6 +20,10 @@ _BLOCK_BYTES = 1 << 16
 _MOST_COLUMNS = 32
 """New tokens of the query heads of a key head that one program of a decoding step holds."""
 
+_MOST_BLOCKS = 32
+"""Most blocks that a query reads: the search is written out for each, and takes the compiler 3 s for 16, 11 s for 32
+and 75 s for 48, once for every number."""
+
 _INSTALLED = importlib.util.find_spec("triton") is not None
 """Looked up once: `torch.compile` traces calls, and cannot trace this one."""
 
@@ -134,7 +138,7 @@ def why_not_triton(
         f"block_size {config.block_size}": config.block_size % 16 != 0,
         f"retrieval_block_size {config.unit}": config.unit not in (16, 32, 64, 128, 256),
         f"blocks of {config.unit} keys of width {q.shape[3]} in {q.dtype}": block_bytes > _BLOCK_BYTES,
-        f"top_k {config.top_k}": config.top_k > 64,
+        f"top_k {config.top_k}": config.top_k > _MOST_BLOCKS,
         "dropout": dropout_p > 0,
         "late queries that read their whole past": 0 < q_start < dense_until(config),
     }
