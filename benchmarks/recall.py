@@ -61,7 +61,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "passkey": {
         "task": {"task": "passkey", "vocab": 1024},
         "recipe": {"context": 4096, "curriculum": _SHORT_FIRST, "tokens": 2000 << 15},
-        "tests": [{"length": n} for n in (1024, 4096, 8192, 16384, 32768)],
+        "tests": [{"length": n} for n in (1024, 4096, 8192, 16384, 32768, 65536)],
     },
     "needle_multikey": {
         "task": {"task": "needle_multikey", "pairs": 8, "vocab": 1024},
@@ -157,7 +157,7 @@ def _scores(
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                     found = score_task(
                         model, config, examples=examples, seed=(seed, 9, config.length),
-                        batch=max(1, (1 << 17) // config.length),
+                        batch=max(1, (1 << 16) // config.length),
                     )  # fmt: skip
             except torch.cuda.OutOfMemoryError as error:
                 print(f"{who} at {config.length}: {error}", file=sys.stderr, flush=True)
@@ -215,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument("--recipe", default="{}", help="fields of PretrainConfig that differ, JSON")
     part.add_argument("--settings", help="settings of the attention in place of those of its name")
     part.add_argument("--shape", help="configuration of the model, JSON; None: the task's own")
-    part.add_argument("--test-tokens", type=int, default=1 << 20, help="tokens that a test reads, at most")
+    part.add_argument("--test-tokens", type=int, default=1 << 22, help="tokens that a test reads, at most")
     part.add_argument("--least-examples", type=int, default=32, help="examples of a test, at least; at most 512")
     part.add_argument("--workers", type=int, default=1, help="processes that make examples")
     return parser
