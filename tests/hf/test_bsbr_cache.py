@@ -179,7 +179,7 @@ def test_generate_uses_a_bsbr_cache_by_itself(family, tiny, tokens):
 def test_prompt_lookup_and_an_assistant_give_the_greedy_text(family, mode, tiny, tokens):
     converted = convert(tiny(family), STATES if mode == "states" else CONFIG)
     ids = tokens(1, 12).repeat(1, 4)
-    settings = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
+    settings = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": -1}  # no token: older prompt lookup needs one
     greedy = converted.generate(ids, use_cache=False, **settings)
     for draft in ({"prompt_lookup_num_tokens": 4}, {"assistant_model": converted}):
         cache = BSBRCache(converted.config, mode)
@@ -266,9 +266,27 @@ def test_what_a_cache_cannot_do_is_said_in_one_sentence(tiny, tokens, logits):
     mask[0, :3] = 0
     with pytest.raises(NotImplementedError, match="says something else"):
         logits(converted, ids[:, :1], attention_mask=mask, past_key_values=cache, use_cache=True)
-    with pytest.raises(ValueError, match="negative"):
-        cache.crop(3)
     with pytest.raises(ValueError, match="2 rows"):
         logits(converted, ids[:1, :1], past_key_values=cache, use_cache=True)
     with pytest.raises(NotImplementedError, match="continuous batching"):
         converted.generate_batch([[1, 2]])
+
+
+def test_crop_takes_what_the_installed_transformers_gives(tiny, tokens, logits, monkeypatch):
+    """The number of tokens to remove, below zero; older versions give the number to keep, too."""
+    converted, ids = convert(tiny("llama"), CONFIG), tokens(1, 20)
+    cache = BSBRCache(converted.config)
+    logits(converted, ids, past_key_values=cache, use_cache=True)
+    cache.crop(-3)
+    assert cache.get_seq_length() == 17
+    monkeypatch.setattr("bsbr.hf.cache._CROPS_TO_LENGTH", False)
+    with pytest.raises(ValueError, match="negative"):
+        cache.crop(3)
+    monkeypatch.setattr("bsbr.hf.cache._CROPS_TO_LENGTH", True)
+    for keep, left in ((30, 17), (12, 12), (-2, 10)):
+        cache.crop(keep)
+        assert cache.get_seq_length() == left
+    alone = logits(converted, ids[:, :11])[:, -1]
+    assert torch.allclose(
+        logits(converted, ids[:, 10:11], past_key_values=cache, use_cache=True)[:, -1], alone, atol=1e-5
+    )

@@ -1,11 +1,12 @@
 """The cache of a converted model: transformers' interface around `bsbr.ops.block_cache`."""
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from bsbr.config import BSBRConfig
 from bsbr.errors import UserError
@@ -17,6 +18,9 @@ from bsbr.ops.shared_cache import block_cache
 
 _LAYER = "_bsbr_layer"
 """Attribute of a key tensor: the cache layer that gave it out."""
+
+_CROPS_TO_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
+"""Older versions of transformers name the tokens to keep, where later ones name, below zero, those to remove."""
 
 
 class BSBRCache(Cache):
@@ -214,6 +218,10 @@ class BSBRLayer(CacheLayerMixin):
         """Return -1: there is no limit."""
         return -1
 
+    def get_max_cache_shape(self) -> int:
+        """Return -1: `get_max_length`, as older versions of transformers call it."""
+        return -1
+
     def reset(self) -> None:
         """Forget everything."""
         self.blocks.reset()
@@ -223,10 +231,12 @@ class BSBRLayer(CacheLayerMixin):
         """Forget the last tokens.
 
         Args:
-            tokens_to_remove: their number, negative or 0.
+            tokens_to_remove: their number, negative or 0; where transformers takes a number to keep, also that.
         Raises:
             ValueError: the number is positive, or mode "states" has dropped what it would go back to.
         """
+        if _CROPS_TO_LENGTH and tokens_to_remove >= 0:
+            tokens_to_remove = min(0, tokens_to_remove - self._slots)
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}")
         slots = max(0, self._slots + int(tokens_to_remove))  # a tensor from transformers 5.17
