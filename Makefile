@@ -1,11 +1,15 @@
 # make evaluate   convert the embedded model, evaluate it against the original, write results/report.html
 # make test       the whole CPU test suite
 # make test-long  long tests, hours: writes benchmarks/results/reliability and docs/reliability.md
+# make test-oldest the same with the oldest versions that pyproject.toml allows, in .venv-oldest
 # make check      lint, format, types, import contracts, tests
 # Each does its own set-up in .venv. On Linux the default wheel of torch brings CUDA along; for the small CPU one:
 #   make TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" test
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+OLDEST_TORCH ?= torch==2.9.*
+# torchao says nothing of the torch it needs
+OLDEST := transformers==5.10.* torchao==0.14.*
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -14,7 +18,7 @@ WORKERS ?= 2
 LONG ?= numerics selection gradients lengths poison causality isolation faults \
   kills disk_full damage bad_input headers browser replays dependencies memory ragged soak
 
-.PHONY: evaluate test test-long check lint lock setup setup-dev clean
+.PHONY: evaluate test test-long test-oldest check lint lock setup setup-dev clean
 
 evaluate: setup
 	$(BIN)/bsbr evaluate --output $(OUTPUT)
@@ -25,6 +29,12 @@ test: setup-dev
 test-long: setup-dev
 	for name in $(LONG); do OMP_NUM_THREADS=1 WORKERS=$(WORKERS) $(BIN)/python -m tests.long.$$name || exit 1; done
 	$(BIN)/python -m benchmarks.reliability_page
+
+test-oldest:
+	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip --disable-pip-version-check install --quiet $(OLDEST_TORCH)
+	$(VENV)-oldest/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[dev]' $(OLDEST)
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n $(WORKERS)
 
 check: setup-dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
@@ -68,4 +78,4 @@ lock:
 	  --output-file requirements/evaluate.txt
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(VENV)-oldest build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
