@@ -8,8 +8,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 OLDEST_TORCH ?= torch==2.9.*
-# torchao says nothing of the torch it needs
-OLDEST := transformers==5.10.* torchao==0.14.*
+# torchao says nothing of the torch it needs, and peft wants one of these
+OLDEST := transformers==5.10.* torchao==0.16.*
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -232,6 +233,9 @@ def test_a_copy_has_parameters_of_its_own(tokens, logits):
     assert not torch.equal(logits(copied, ids), before)
 
 
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.11"), reason="the compiler of torch 2.9 does not know a union of types"
+)
 def test_settings_are_read_inside_one_graph():
     """A compiled model asks for them in every layer: what the compiler cannot follow there would cut it into pieces."""
     for name in PEERS:
