@@ -59,6 +59,8 @@ def main() -> int:
                 )
             row = {"kind": kind, "at_s": round(time.monotonic() - started, 1), **_state(Path(folder))}
             rows.append(row)
+            if row["at_s"] > 60 * WARM_UP * args.minutes and row["descriptors"] > rows[-2]["descriptors"]:
+                print(f"{kind} at {row['at_s']} s: open now {_open_files()}", flush=True)
             if fault:
                 faults.append(f"{kind} at {row['at_s']} s: {fault}")
                 print(faults[-1], flush=True)
@@ -87,6 +89,13 @@ def main() -> int:
         f"that of the first after "
         f"warm-up); descriptors {flat[0]['descriptors']} to {flat[-1]['descriptors']}, threads {flat[0]['threads']} to "
         f"{flat[-1]['threads']}; " + "; ".join(f"{kind}: {count}" for kind, count in kinds.items()),
+        mended=[
+            "Ctrl-C between the record of a training run and the removal of its checkpoints left these behind for ever: once "
+            "in a run of two hours (3,291 pieces of work, memory +1.25 %).",
+            "One descriptor was left open in those two hours, by what was not seen. The records of an evaluation were a bare "
+            "one, which nothing closed if Ctrl-C came before their first use; they are an object now, closed with its last "
+            "reference.",
+        ],
         not_covered=["GPUs; models of real size; longer than the minutes that are stated."],
         command=f"python -m tests.long.soak --minutes {args.minutes:g} --seed {args.seed}",
         conditions=f"CPU ({cpu_name()}), one thread, a machine shared with other work; resident "
@@ -170,6 +179,14 @@ def _state(folder: Path) -> dict[str, int]:
         "processes": len(children.read_text().split()) if children.exists() else 0,
         "files": sum(1 for path in folder.rglob("*") if path.is_file()),
     }
+
+
+def _open_files() -> list[str]:
+    names = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            names.append(f"{number} {os.readlink(f'/proc/self/fd/{number}')}")
+    return names
 
 
 def _median(rows: list[dict[str, Any]], key: str) -> float:

@@ -13,6 +13,7 @@ from rich.console import Console
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from bsbr.errors import UserError
+from bsbr.training import pretrain
 from bsbr.training.pretrain import PretrainConfig, run_pretrain
 from bsbr.training.trainer import Trainer
 from tests.training.runs import TINY, run, weights
@@ -96,6 +97,26 @@ def test_resuming_another_recipe_or_a_finished_run_is_refused(
     run(texts, tmp_path / "out", resume=True)
     with pytest.raises(UserError, match="already holds a model"):
         run(texts, tmp_path / "out", resume=True)
+
+
+def test_ctrl_c_at_the_very_end_leaves_no_checkpoints(
+    texts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once the record is written the run has ended; what a kill leaves there goes when the folder is used again."""
+    remove = pretrain._remove_checkpoints
+
+    def interrupted(output: Path) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        remove(output)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "_remove_checkpoints", interrupted)
+        run(texts, tmp_path / "out")
+    assert not (tmp_path / "out" / "checkpoints").exists()
+    (tmp_path / "out" / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="already holds a model"):
+        run(texts, tmp_path / "out", resume=True)
+    assert not (tmp_path / "out" / "checkpoints").exists()
 
 
 def test_a_time_budget_ends_the_run_and_its_decay(texts: dict[str, Path], tmp_path: Path) -> None:

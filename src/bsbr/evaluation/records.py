@@ -94,11 +94,12 @@ class RecordStore:
         if not kept:
             write_atomic(self.path, json.dumps(header) + "\n")
         try:
-            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+            # an object and no bare descriptor: one that Ctrl-C leaves behind is closed with it
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
             if kept:
-                os.truncate(self._file, kept)
+                self._file.truncate(kept)
         except OSError as error:
-            raise UserError(f'records "{self.path.name}" cannot be written: {error.strerror or error}') from error
+            raise write_error("records", Path(self.path.name), error) from error
 
     def __enter__(self) -> "RecordStore":
         return self
@@ -140,22 +141,21 @@ class RecordStore:
         data = line.encode()
         try:
             while data:
-                data = data[os.write(self._file, data) :]
+                data = data[os.write(self._file.fileno(), data) :]
         except OSError as error:
             raise write_error("records", Path(self.path.name), error) from error
         self._records[name] = made["content"]
 
     def close(self) -> None:
         """Flush to the disk and close; a second call does nothing."""
-        if self._file < 0:
+        if self._file.closed:
             return
-        handle, self._file = self._file, -1
         try:
-            os.fsync(handle)
+            os.fsync(self._file.fileno())
         except OSError as error:
             raise write_error("records", Path(self.path.name), error) from error
         finally:
-            os.close(handle)
+            self._file.close()
 
     def _read(self, protocol: str) -> int:
         """Load the whole lines and return how many bytes they take."""

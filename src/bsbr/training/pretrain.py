@@ -28,7 +28,7 @@ from bsbr.training.processes import Processes, fill, join_processes, local_devic
 from bsbr.training.progress import TrainingProgress
 from bsbr.training.recipe import PretrainConfig
 from bsbr.training.sampling import continue_prompt
-from bsbr.training.trainer import Trainer, total_steps
+from bsbr.training.trainer import Trainer, deferred_interrupt, total_steps
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -152,8 +152,9 @@ def _finish(
     record = _record(config, trainer, model, found, place, time.monotonic() - started)
     save_model(model.bfloat16(), output)
     write_manifest(output, [name for name in (*_MODEL, *_TOKENIZER) if (output / name).is_file()])
-    write_json(output / RECORD, record)
-    _remove_checkpoints(output)
+    with deferred_interrupt():  # the run has ended: Ctrl-C between these would leave its checkpoints for ever
+        write_json(output / RECORD, record)
+        _remove_checkpoints(output)
     return record
 
 
@@ -251,6 +252,8 @@ def _check_output(output: Path, resume: bool) -> None:
         raise UserError(f'output "{output}": is a file. Choose a folder')
     # a run that was killed while it saved its model still has its checkpoints, and goes on from them
     unfinished = resume and (output / "checkpoints").exists() and not (output / RECORD).exists()
+    if (output / RECORD).exists():
+        _remove_checkpoints(output)  # of a run that was killed after it had ended
     if (output / RECORD).exists() or ((output / "model.safetensors").exists() and not unfinished):
         raise UserError(f'output "{output}": already holds a model. Choose another folder or remove it')
     if not resume and (output / "checkpoints").exists():
