@@ -28,6 +28,13 @@ from tests.long.tiny import Command, commands, make, outcome
 
 WARM_UP = 0.25
 """Share of the time after which memory has to be flat."""
+MENDED = (
+    "Ctrl-C between the record of a training run and the removal of its checkpoints left these behind for ever: once in "
+    "a run of two hours (3,291 pieces of work, memory +1.25 %).",
+    "One descriptor was left open in those two hours, by what was not seen. The records of an evaluation were a bare "
+    "one, which nothing closed if Ctrl-C came before their first use; they are an object now, closed with its last "
+    "reference.",
+)
 
 
 def main() -> int:
@@ -89,13 +96,7 @@ def main() -> int:
         f"that of the first after "
         f"warm-up); descriptors {flat[0]['descriptors']} to {flat[-1]['descriptors']}, threads {flat[0]['threads']} to "
         f"{flat[-1]['threads']}; " + "; ".join(f"{kind}: {count}" for kind, count in kinds.items()),
-        mended=[
-            "Ctrl-C between the record of a training run and the removal of its checkpoints left these behind for ever: "
-            "once in a run of two hours (3,291 pieces of work, memory +1.25 %).",
-            "One descriptor was left open in those two hours, by what was not seen. The records of an evaluation were a "
-            "bare one, which nothing closed if Ctrl-C came before their first use; they are an object now, closed with its "
-            "last reference.",
-        ],
+        mended=MENDED,
         not_covered=["GPUs; models of real size; longer than the minutes that are stated."],
         command=f"python -m tests.long.soak --minutes {args.minutes:g} --seed {args.seed}",
         conditions=f"CPU ({cpu_name()}), one thread, a machine shared with other work; resident "
