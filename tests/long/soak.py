@@ -29,8 +29,8 @@ from tests.long.tiny import Command, commands, make, outcome
 WARM_UP = 0.25
 """Share of the time after which memory has to be flat."""
 MENDED = (
-    "Ctrl-C between the record of a training run and the removal of its checkpoints left these behind for ever: once in "
-    "a run of two hours (3,291 pieces of work, memory +1.25 %).",
+    "Ctrl-C between the record of a training run and the removal of its checkpoints left these behind for ever: once "
+    "in a run of two hours (3,291 pieces of work, memory +1.25 %).",
     "One descriptor was left open in those two hours, by what was not seen. The records of an evaluation were a bare "
     "one, which nothing closed if Ctrl-C came before their first use; they are an object now, closed with its last "
     "reference.",
