@@ -10,6 +10,7 @@ from transformers import DynamicCache
 from bsbr import BSBRConfig, convert
 from bsbr.errors import UserError
 from bsbr.hf import BSBRCache
+from bsbr.hf.cache import CACHE_ARGUMENT
 from bsbr.peers import AdditiveConfig
 
 B, T = 8, 300
@@ -172,7 +173,7 @@ def test_generate_uses_a_bsbr_cache_by_itself(family, tiny, tokens):
         other = convert(tiny(family), config)
         made = {}
         other._prepare_cache_for_generation(other.generation_config, made, None, 1, 40)
-        assert type(made["past_key_values"]) is DynamicCache
+        assert type(made[CACHE_ARGUMENT]) is DynamicCache
 
 
 @pytest.mark.parametrize("mode", ["full", "offload", "states"])

@@ -82,6 +82,7 @@ def _generate(args: argparse.Namespace, model: Any, tokenizer: Any, ids: Any) ->
     import torch
 
     from bsbr.cli.streaming import TerminalStreamer
+    from bsbr.hf.cache import CACHE_ARGUMENT
 
     cache = _cache(model, args.cache)
     if sys.stderr.isatty():  # a long text takes a while before the first word
@@ -92,7 +93,7 @@ def _generate(args: argparse.Namespace, model: Any, tokenizer: Any, ids: Any) ->
     started = time.perf_counter()
     output = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.max_new_tokens, streamer=streamer,
-        past_key_values=cache, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0, **{CACHE_ARGUMENT: cache},
         **(draw if args.temperature else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
     )  # fmt: skip
     written, ended = output.shape[1] - ids.shape[1], time.perf_counter()

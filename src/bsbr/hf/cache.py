@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.generation.utils import ALL_CACHE_NAMES
 
 from bsbr.config import BSBRConfig
 from bsbr.errors import UserError
@@ -15,6 +16,9 @@ from bsbr.hf.masked_call import read_mask
 from bsbr.hf.mixers import is_converted, layer_settings, read_settings
 from bsbr.ops.block_cache import Mode, check_mode
 from bsbr.ops.shared_cache import block_cache
+
+CACHE_ARGUMENT = ALL_CACHE_NAMES[0]
+"""What the installed transformers calls the argument of a model and of `generate` that takes a cache."""
 
 _LAYER = "_bsbr_layer"
 """Attribute of a key tensor: the cache layer that gave it out."""

@@ -12,7 +12,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 
 from bsbr.errors import UserError
 from bsbr.hf import attention as _registers_the_function  # noqa: F401
-from bsbr.hf.cache import BSBRCache, keeps_summaries
+from bsbr.hf.cache import CACHE_ARGUMENT, BSBRCache, keeps_summaries
 from bsbr.hf.families import NAME, PREFIX, bypass_message, dispatches, stock_classes
 from bsbr.hf.mixers import is_converted, read_settings, write_settings
 from bsbr.hf.parameters import MixerParameters, keep_hidden
@@ -100,13 +100,13 @@ class BSBRModelMixin:
     ) -> Any:
         """Give `generate` a BSBRCache where it would make a DynamicCache and the mixer has what that needs."""
         if (
-            model_kwargs.get("past_key_values") is None
+            model_kwargs.get(CACHE_ARGUMENT) is None
             and generation_config.use_cache is not False
             and generation_config.cache_implementation in (None, "dynamic")
             and self.config._attn_implementation == NAME
             and keeps_summaries(self.config)
         ):
-            cache = model_kwargs["past_key_values"] = BSBRCache(self.config)
+            cache = model_kwargs[CACHE_ARGUMENT] = BSBRCache(self.config)
             if generation_config.is_assistant and hasattr(cache, "activate_past_recording"):
                 cache.activate_past_recording()  # a refused draft brings back what has left a sliding window
             return None
