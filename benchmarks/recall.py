@@ -3,7 +3,7 @@
 python -m benchmarks.recall run rows --attention full bsbr --task mqar passkey needle_multikey --seeds 0 1 2
 python -m benchmarks.recall gather rows benchmarks/results/recall.json
 
-Each run is trained at up to 4,096 tokens (its curriculum is in the row), and tested at lengths up to 32,768 on fresh
+Each run is trained at up to 4,096 tokens (its curriculum is in the row), and tested at lengths up to 65,536 on fresh
 examples. A run that is there already is not made again.
 """
 

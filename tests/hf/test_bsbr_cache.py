@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import DynamicCache
 
 from bsbr import BSBRConfig, convert
@@ -12,6 +14,9 @@ from bsbr.errors import UserError
 from bsbr.hf import BSBRCache
 from bsbr.hf.cache import CACHE_ARGUMENT
 from bsbr.peers import AdditiveConfig
+
+WRITES_MORE = Version(transformers.__version__) < Version("5.17")
+"""Older prompt lookup may write a token or two more than was asked for."""
 
 B, T = 8, 300
 CONFIG = BSBRConfig(dense_below=0, block_size=B, top_k=2)
@@ -185,7 +190,8 @@ def test_prompt_lookup_and_an_assistant_give_the_greedy_text(family, mode, tiny,
     for draft in ({"prompt_lookup_num_tokens": 4}, {"assistant_model": converted}):
         cache = BSBRCache(converted.config, mode)
         drafted = converted.generate(ids, past_key_values=cache, **draft, **settings)
-        assert torch.equal(drafted[:, : greedy.shape[1]], greedy)  # older prompt lookup writes more than was asked for
+        assert torch.equal(drafted[:, : greedy.shape[1]], greedy)
+        assert drafted.shape == greedy.shape or WRITES_MORE
 
 
 @pytest.mark.parametrize("mode", ["full", "offload", "states"])

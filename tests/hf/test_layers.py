@@ -70,6 +70,7 @@ def test_the_cache_has_summaries_for_converted_layers_alone(tiny, tokens, logits
         assert torch.equal(converted.generate(ids, **settings, **way), expected)
     drafted = converted.generate(ids, prompt_lookup_num_tokens=3, **settings)
     assert torch.equal(drafted[:, :80], converted.generate(ids, use_cache=False, **settings))
+    assert drafted.shape[1] == 80 or Version(transformers.__version__) < Version("5.17")  # it may write more
 
 
 def test_the_choice_is_saved_kept_changed_and_reverted(tiny, tokens, logits, tmp_path):

@@ -234,7 +234,7 @@ def test_a_copy_has_parameters_of_its_own(tokens, logits):
 
 
 @pytest.mark.skipif(
-    Version(torch.__version__) < Version("2.11"), reason="the compiler of torch 2.9 does not know a union of types"
+    Version(torch.__version__) < Version("2.11"), reason="torch 2.9 cannot compile a union of types; 2.10 was not tried"
 )
 def test_settings_are_read_inside_one_graph():
     """A compiled model asks for them in every layer: what the compiler cannot follow there would cut it into pieces."""

@@ -66,7 +66,7 @@ def main() -> int:
                 )
             row = {"kind": kind, "at_s": round(time.monotonic() - started, 1), **_state(Path(folder))}
             rows.append(row)
-            if row["at_s"] > 60 * WARM_UP * args.minutes and row["descriptors"] > rows[-2]["descriptors"]:
+            if row["at_s"] > 60 * WARM_UP * args.minutes and row["descriptors"] > rows[-2:][0]["descriptors"]:
                 print(f"{kind} at {row['at_s']} s: open now {_open_files()}", flush=True)
             if fault:
                 faults.append(f"{kind} at {row['at_s']} s: {fault}")

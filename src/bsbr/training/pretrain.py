@@ -252,8 +252,6 @@ def _check_output(output: Path, resume: bool) -> None:
         raise UserError(f'output "{output}": is a file. Choose a folder')
     # a run that was killed while it saved its model still has its checkpoints, and goes on from them
     unfinished = resume and (output / "checkpoints").exists() and not (output / RECORD).exists()
-    if (output / RECORD).exists():
-        _remove_checkpoints(output)  # of a run that was killed after it had ended
     if (output / RECORD).exists() or ((output / "model.safetensors").exists() and not unfinished):
         raise UserError(f'output "{output}": already holds a model. Choose another folder or remove it')
     if not resume and (output / "checkpoints").exists():
