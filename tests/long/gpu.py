@@ -105,7 +105,7 @@ def poison(key: str) -> dict[str, Any]:
     dense = max(config.dense_below, (config.top_k * config.unit // config.block_size + 1) * config.block_size)
     o = attend(q, *bad, config)
     wrong.append(at >= dense and not torch.equal(o[:, :before], clean[:, :before]))
-    with filled_memory():
+    with filled_memory(), torch.no_grad():  # gradients have no fixed order, and are refused where one is asked for
         wrong.append(not torch.equal(attend(q, k, v, config), clean))
     return {"slots": int(padded.sum()) + 1, "wrong": sum(wrong)}
 
