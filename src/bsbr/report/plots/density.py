@@ -73,13 +73,19 @@ def kl_against_time(results: Results) -> Figure | None:
         for kind, unit, points in _lines(results, panel):
             rows = [(_seconds(results, panel, kind, point), panel.row(results, "kl", kind, point)) for point in points]
             _draw(axes, panel, kind, unit, [(x, row) for x, row in rows if x and row], _plain)
-        for kind in ("original", "value_only"):
-            for row in results.rows(SWEEP, "time_s", kind, {"length": panel.length}):
-                axes.axvline(row.value, color=colour(kind), linewidth=1.4, linestyle=(0, (4, 3)), zorder=1)
-                axes.annotate(
-                    label(kind), (row.value, 1), xycoords=("data", "axes fraction"), xytext=(-3, -3), rotation=90,
-                    textcoords="offset points", ha="right", va="top", fontsize=7.5, color=MUTED,
-                )  # fmt: skip
+        lines = [
+            (row.value, kind)
+            for kind in ("original", "value_only")
+            for row in results.rows(SWEEP, "time_s", kind, {"length": panel.length})
+        ]
+        for place, (value, kind) in enumerate(sorted(lines)):
+            axes.axvline(value, color=colour(kind), linewidth=1.4, linestyle=(0, (4, 3)), zorder=1)
+            # the two may be close: the name of each is on its outer side
+            axes.annotate(
+                label(kind), (value, 1), xycoords=("data", "axes fraction"), xytext=(3 if place else -3, -3),
+                textcoords="offset points", ha="left" if place else "right", va="top", rotation=90, fontsize=7.5,
+                color=MUTED,
+            )  # fmt: skip
         _log_axes(axes, lambda x: tick_text("seconds", x))
         axes.set_ylabel("KL, nats")
         axes.set_xlabel("time of one forward pass")
