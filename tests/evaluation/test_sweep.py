@@ -149,7 +149,7 @@ def test_times_are_of_the_methods_that_have_one(done: SimpleNamespace) -> None:
     rows = [row for row in done.content["rows"] if row["metric"] == "time_s" and row["slice"]["length"] == 64]
     assert all(row["volatile"] and row["value"] > 0 for row in rows)
     points = [row["variant"] for row in rows if "top_k" in row["slice"]]
-    assert sorted(points) == sorted(["converted", "moba", "window"] * 4)
+    assert sorted(points) == sorted(["converted", "uncalibrated", "moba", "window"] * 4)
     assert {row["variant"] for row in rows if "top_k" not in row["slice"]} == {"original", "value_only"}
 
 

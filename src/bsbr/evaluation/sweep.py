@@ -185,7 +185,7 @@ class _Pass:
         ids = batch.ids[:1].to(device)
         timed = {ORIGINAL: self.original, FLOOR: convert(self.original, ValueOnlyConfig())}
         for (method, point), model in models.items():
-            if method in TIMED or (method == "uncalibrated" and self.calibrate is None):
+            if method in TIMED:
                 timed[f"{method}/{point.unit}/{point.top_k}"] = model
         timed = {name: _on(model, device) for name, model in timed.items()}
         last = all(map(keeps_logits, timed.values()))

@@ -133,8 +133,7 @@ def _frontier(results: Results, panel: Panel) -> Table:
         for kind in panel.kinds(results):
             rows = [panel.row(results, name, kind, point) for name in QUALITY]
             used += [row for row in rows if row]
-            # what calibration changes costs no time; oracle and random are controls of the choice
-            absent = "as converted" if kind == "uncalibrated" else "a control"
+            absent = "not timed" if kind == "uncalibrated" else "a control"  # older files have no time for it
             times = [_time(results, name, kind, panel.where(point), absent=absent) for name in timed]
             blocks = Cell(f"{point[1]} of {point[0]}")
             body.append((Cell(variant(kind).label, state="name"), blocks, density, *map(row_cell, rows), *times))

@@ -191,10 +191,8 @@ def _excess(row: Row) -> tuple[float, list[list[float]]]:
 
 
 def _seconds(results: Results, panel: Panel, kind: str, point: tuple[int, int]) -> float | None:
-    """Time of a method; without calibration it is the same code as with it."""
-    names = (kind, "converted") if kind == "uncalibrated" else (kind,)
-    rows = (row for name in names for row in results.rows(SWEEP, "time_s", name, panel.where(point)))
-    return next((row.value for row in rows), None)
+    """Time of a method."""
+    return next((row.value for row in results.rows(SWEEP, "time_s", kind, panel.where(point))), None)
 
 
 def _log_axes(axes: Axes, write: Callable[[float], str]) -> None:
