@@ -1,6 +1,7 @@
 """The Triton backend computes what the reference defines: on a GPU, or interpreted on a CPU in a process of its own."""
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -40,6 +41,17 @@ CASES = {
     "all dense": (BSBRConfig(block_size=32, top_k=2, dense_below=128), (1, 60, 2, 1, 16), 0),
 }  # fmt: skip
 
+BY_HEAD = {
+    "units, rows": (
+        BSBRConfig(block_size=32, retrieval_block_size=16, top_k_per_head=(3, 0, 4, 5), dense_below=0),
+        (2, 180, 4, 4, 16), 0,
+    ),
+    "groups, late queries, dropped far field": (
+        BSBRConfig(block_size=16, top_k_per_head=(3, 2, 4), dense_below=0, far="drop"), (1, 130, 6, 3, 16), 90,
+    ),
+    "one power, states": (BSBRConfig(block_size=16, top_k_per_head=(3, 4), dense_below=0), (1, 150, 4, 2, 24), 0),
+}  # fmt: skip
+
 WIDE = {
     "128, 64": (BSBRConfig(block_size=128, top_k=4, dense_below=0), (1, 1500, 8, 2, 64), 0),
     "128, 128": (BSBRConfig(block_size=128, top_k=4, dense_below=700), (1, 1500, 8, 2, 128), 0),
@@ -53,7 +65,7 @@ WIDE = {
 
 
 def draw(name: str, dtype: torch.dtype = torch.float32) -> Case:
-    config, (rows, tokens, heads, key_heads, width), start = {**CASES, **WIDE}[name]
+    config, (rows, tokens, heads, key_heads, width), start = {**CASES, **BY_HEAD, **WIDE}[name]
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -133,6 +145,33 @@ def test_it_chooses_the_blocks_the_reference_chooses(name):
     expected = reference_attention(q, k, v, case.config, **options)[0]
     actual = bsbr_attention(q, k, v, case.config, **options, backend="triton")
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=2e-5)
+
+
+@runs_kernels
+@pytest.mark.parametrize("name", BY_HEAD)
+def test_heads_that_read_different_numbers_of_blocks(name, monkeypatch):
+    """Numbers of one power of two are one call; its first queries have fewer past blocks than some head would read."""
+    from bsbr.ops.triton import operator
+
+    calls, forward = [], operator.forward
+    monkeypatch.setattr(operator, "forward", lambda *given: calls.append(given) or forward(*given))
+    case = draw(name)
+    narrow = [x.float().requires_grad_() for x in (case.q, case.k, case.v)]
+    leaves = [x.detach().double().requires_grad_() for x in narrow]
+    scalars = case.calibration.clone().requires_grad_()
+    options = {"q_start": case.q_start, "calibration": scalars, "return_lse": True, "backend": "triton"}
+    o, lse = bsbr_attention(*narrow, case.config, **options)
+    assert len(calls) == len({math.ceil(math.log2(n)) if n else None for n in case.config.top_k_per_head})
+    wide_scalars = case.calibration.double().requires_grad_()
+    wanted, wanted_lse, _ = reference_attention(*leaves, case.config, q_start=case.q_start, calibration=wide_scalars)
+    torch.testing.assert_close(o.double(), wanted, rtol=0, atol=2e-5)
+    torch.testing.assert_close(lse.double(), wanted_lse, rtol=0, atol=2e-5)
+    do = torch.randn(o.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    unused = {"allow_unused": True, "materialize_grads": True}
+    found = torch.autograd.grad(o, [*narrow, scalars], do, **unused)
+    expected = torch.autograd.grad(wanted, [*leaves, wide_scalars], do.double(), **unused)
+    for a, b in zip(found, expected, strict=True):
+        assert (a.double() - b).norm() <= 5e-6 * b.norm()
 
 
 @runs_kernels

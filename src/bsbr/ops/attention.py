@@ -11,7 +11,7 @@ from bsbr.ops.native.forward import why_not_native
 from bsbr.ops.reference import reference_attention
 from bsbr.ops.routing import recent_blocks
 from bsbr.ops.schedule import dense_until
-from bsbr.ops.shares import Share, join_shares, shares_of, take_share
+from bsbr.ops.shares import Share, join_shares, shares_by_power, shares_of, take_share
 from bsbr.ops.sinks import add_sinks
 from bsbr.ops.summaries import uncalibrated
 from bsbr.ops.tiles import Dropout
@@ -131,7 +131,11 @@ def bsbr_attention(
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, calibration, sinks))
     # native code counts head by head where nothing has to be kept, so that its threads can share all heads
     counts = name == "native" and block_indices is None and not learns and config.selection != "recent"
-    if config.top_k_per_head is not None and name != "reference" and not counts:
+    together = name == "triton" and block_indices is None and config.selection != "recent"
+    shares = [] if config.top_k_per_head is None else (shares_by_power if together else shares_of)(config)
+    if together and len(shares) == 1:
+        config = shares[0].config
+    elif shares and name != "reference" and not counts:
         parts = [
             bsbr_attention(
                 take_share(q, share.heads, k.shape[2]), take_share(k, share.heads, k.shape[2]),
@@ -140,9 +144,9 @@ def bsbr_attention(
                 block_indices=_of_share(block_indices, share, k.shape[2]), dropout_p=dropout_p, backend=backend,
                 sinks=None if sinks is None else take_share(sinks, share.heads, k.shape[2], 0), return_lse=True,
             )
-            for share in shares_of(config)
+            for share in shares
         ]  # fmt: skip
-        heads = [share.heads for share in shares_of(config)]
+        heads = [share.heads for share in shares]
         o, lse = (join_shares(each, heads) for each in zip(*parts, strict=True))
         return (o, lse) if return_lse else o
     wide = torch.promote_types(q.dtype, torch.float32)

@@ -1,7 +1,7 @@
 """Key heads that read different numbers of blocks: those with the same number are one call, or one cache, of their own.
 
-Every other part of `bsbr.ops` then knows one `top_k` only. A key head never needs another one's keys, values, summaries
-or choices, so nothing is computed twice.
+Most other parts of `bsbr.ops` then know one `top_k` only; GPU kernels take numbers of one power of two together. A key
+head never needs another one's keys, values, summaries or choices, so nothing is computed twice.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class Share(NamedTuple):
     heads: tuple[int, ...]
     """Their numbers, ascending."""
     config: BSBRConfig
-    """The settings, with their number as `top_k`."""
+    """The settings, with their number, or its next power of two, as `top_k`."""
 
 
 def shares_of(config: BSBRConfig) -> list[Share]:
@@ -43,6 +43,31 @@ def shares_of(config: BSBRConfig) -> list[Share]:
         )
         for number in sorted(set(counts))
     ]
+
+
+def shares_by_power(config: BSBRConfig) -> list[Share]:
+    """Return the key heads whose numbers of blocks have the same next power of two, which is their `top_k`.
+
+    A kernel is written out for its `top_k` and compiled once for each. So few are compiled, and few are launched.
+
+    Args:
+        config: the settings, with a `top_k_per_head`.
+    Returns:
+        The shares, fewest blocks first; together they have every key head once. Their settings keep the numbers.
+
+    Example:
+        >>> [(share.heads, share.config.top_k) for share in shares_by_power(BSBRConfig(top_k_per_head=(4, 0, 3)))]
+        [((1,), 0), ((0, 2), 4)]
+    """
+    counts = config.top_k_per_head or ()
+    powers = [1 << (count - 1).bit_length() if count else 0 for count in counts]
+    shares = []
+    for power in sorted(set(powers)):
+        heads = tuple(head for head, own in enumerate(powers) if own == power)
+        own_counts = tuple(counts[head] for head in heads)
+        same = all(count == power for count in own_counts)
+        shares.append(Share(heads, replace(config, top_k=power, top_k_per_head=None if same else own_counts)))
+    return shares
 
 
 def take_share(x: Tensor, heads: Sequence[int], key_heads: int, dim: int = 2) -> Tensor:

@@ -52,6 +52,8 @@ def forward(
     part_lse = lse.new_empty(part_o.shape[:3])
     for first in range(0, heads, at_once):
         here = range(first, min(heads, first + at_once))
+        if problem.counts:
+            part_lse.fill_(-torch.inf)  # parts that nothing is written to
         attend_past(problem, here, (q, k, v), field, calibration, chosen, given, part_o, part_lse)
         if config.top_k:
             pairs = sort_pairs(chosen, problem.group, here, problem.num_blocks, rows=1024)

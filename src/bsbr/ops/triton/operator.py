@@ -58,15 +58,17 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | N
 def encode(config: BSBRConfig) -> str:
     """Write settings as the operators take them; torch.compile traces through this, as it does not through JSON."""
     sizes = f"{config.block_size} {config.unit} {config.top_k} {config.dense_below}"
-    return f"{sizes} {config.far} {config.state} {config.selection}"
+    counts = ",".join(f"{count}" for count in config.top_k_per_head or ())
+    return f"{sizes} {config.far} {config.state} {config.selection} {counts or 'all'}"
 
 
 def _problem(q: Tensor, k: Tensor, settings: str, scale: float, q_start: int) -> Problem:
-    block_size, unit, top_k, dense_below, far, state, selection = settings.split()
+    block_size, unit, top_k, dense_below, far, state, selection, counts = settings.split()
     config = BSBRConfig(
         block_size=int(block_size),
         retrieval_block_size=int(unit),
         top_k=int(top_k),
+        top_k_per_head=None if counts == "all" else tuple(map(int, counts.split(","))),
         dense_below=int(dense_below),
         far=cast(Far, far),
         state=cast(State, state),

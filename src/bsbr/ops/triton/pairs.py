@@ -36,7 +36,7 @@ def sort_pairs(chosen: Tensor, group: int, heads_here: range, num_blocks: int, r
     """Sort the pairs by block and cut each block's into tiles of `rows`.
 
     Args:
-        chosen: [B, S, HQ, top_k] int32, entries below `num_blocks`.
+        chosen: [B, S, HQ, top_k] int32, entries below `num_blocks`; negative ones are no pair.
         group: query heads of a key head.
         heads_here: key heads to sort for, counted over rows and key heads.
         num_blocks: N.
@@ -69,8 +69,8 @@ def _block_of(chosen, first_head, heads, num_queries, GK: tl.constexpr, BLOCK: t
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = pair < num_queries * GK
     query = (z // heads).to(tl.int64) * num_queries + pair // GK
-    block = tl.load(chosen + (query * heads + z % heads) * GK + pair % GK, mask=inside, other=0)
-    return tl.program_id(1), pair, inside, block
+    block = tl.load(chosen + (query * heads + z % heads) * GK + pair % GK, mask=inside, other=-1)
+    return tl.program_id(1), pair, block >= 0, block
 
 
 @triton.jit

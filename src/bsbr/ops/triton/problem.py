@@ -39,6 +39,8 @@ class Problem(NamedTuple):
     """Query heads of a key head."""
     most_rows: int
     """Largest tile of queries: products in float32 and wide heads leave room for fewer."""
+    counts: tuple[int, ...] | None
+    """Blocks that a query of each key head reads, `config.top_k` at most; None where each reads that many."""
     short_scores: bool
     """Scores of past blocks are kept in 16 bits (`bsbr.ops.triton.short_scores`), as for 16-bit input."""
 
@@ -102,7 +104,8 @@ class Problem(NamedTuple):
 def make_problem(q: Tensor, k: Tensor, config: BSBRConfig, scale: float, q_start: int) -> Problem:
     """Gather the sizes of a call of `bsbr_attention`."""
     most_rows = 32 if q.element_size() > 2 else 64
-    return Problem(config, scale, q_start, q.shape[1], q.shape[2] // k.shape[2], most_rows, q.element_size() == 2)
+    group, counts = q.shape[2] // k.shape[2], config.top_k_per_head
+    return Problem(config, scale, q_start, q.shape[1], group, most_rows, counts, q.element_size() == 2)
 
 
 def why_not_triton(

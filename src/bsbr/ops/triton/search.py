@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bsbr.ops.pieces import row_numbers
 from bsbr.ops.triton.problem import Problem
 from bsbr.ops.triton.scores import GROUP_BLOCKS, Scores, Tiles, nothing_of, score_at, tile_of
 from bsbr.ops.triton.short_scores import LOWEST, STEPS, steps_below
@@ -38,15 +39,16 @@ def choose_blocks(problem: Problem, tiles: Tiles, scores: Scores, tops: Tensor, 
         tiles: which tiles.
         scores: as `write_scores` wrote them; those of chosen blocks become what counts as nothing.
         tops: where to put about the largest score that is left, [tiles, rows] float32.
-        chosen: where to put the blocks, best first, [B, S, HQ, top_k] int32.
+        chosen: where to put the blocks, best first, [B, S, HQ, top_k] int32; -1 where a query reads fewer.
     """
+    counts = None if problem.counts is None else row_numbers(problem.counts, chosen.device)
     most, groups = triton.next_power_of_2(problem.config.top_k), tiles.room // GROUP_BLOCKS
     by_tiles = groups > _MANY_GROUPS
     programs, rows = tiles.count * (tiles.rows // _ROWS), min(_ROWS, tiles.rows)
     space = torch.empty(programs, rows, most * GROUP_BLOCKS, dtype=torch.int32, device=chosen.device)
     first_level = tiles.room // tiles.blocks if by_tiles else groups
     _choose[(programs,)](
-        *scores, space, tops, chosen, *_sizes(problem, tiles, chosen), tiles.room, G=problem.group,
+        *scores, space, tops, chosen, counts, *_sizes(problem, tiles, chosen), tiles.room, G=problem.group,
         B=problem.config.block_size, UNIT=problem.config.unit, TOP_K=problem.config.top_k, KP=most, GROUP=GROUP_BLOCKS,
         TILE=tiles.blocks, COLUMNS=min(64, max(16, triton.next_power_of_2(first_level))),
         BY_TILES=by_tiles, BM=tiles.rows, ROWS=rows, num_warps=1, num_stages=1,
@@ -202,10 +204,11 @@ def _groups_of_tiles(
 
 @triton.jit
 def best_blocks(
-    scores, bests, peaks, space, place, stop, room, BM: tl.constexpr, ROWS: tl.constexpr, TOP_K: tl.constexpr,
+    scores, bests, peaks, space, place, stop, count, room, BM: tl.constexpr, ROWS: tl.constexpr, TOP_K: tl.constexpr,
     KP: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, BY_TILES: tl.constexpr,
 ):  # fmt: skip
-    """The TOP_K best blocks of queries before `stop`, [ROWS, KP], best first, and about the best score of the others.
+    """The TOP_K best blocks of queries before `stop`, [ROWS, KP], best first, and about the best score of the others,
+    where `count` is given of all but the first `count`.
 
     `scores` and `bests` belong to a tile of BM queries, in which these are at `place`, from `bests` on; `peaks`
     [ROWS, room / 8] and `space` [ROWS, 8 KP] to this program. Columns from TOP_K on mean nothing.
@@ -229,7 +232,11 @@ def best_blocks(
     if scores.dtype.element_ty == tl.int16:
         values = tl.load(bests + row + inside // TILE * BM) - steps_below(values)
     best, place = _extract(sortable(values, block < stop, KP * GROUP), KP * GROUP, TOP_K + 1)
-    top = tl.maximum(score_of(best[TOP_K]), others)
+    next_best = best[TOP_K]
+    if count is not None:
+        for j in tl.static_range(TOP_K):
+            next_best = tl.where(count == j, best[j], next_best)
+    top = tl.maximum(score_of(next_best), others)
     if scores.dtype.element_ty == tl.int16:  # not below what is so far below its tile's best that it counts as nothing
         top = tl.ceil(tl.maximum(top, score_of(best[0]) - LOWEST)) / STEPS
     rank = tl.arange(0, KP)[None, :]
@@ -245,39 +252,47 @@ def _whose(
     place, work, first_head, heads, heads_all, num_tiles, sparse_start, num_sparse, G: tl.constexpr,
     TOP_K: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """First token of a tile, where the chosen blocks of its queries at `place` are, and which of these are real."""
+    """First token of a tile, its key head, where blocks of its queries at `place` are, and which of these are real."""
     first, own_z, member = tile_of(work, num_tiles, heads_all, sparse_start, G, BM)
     z = (first_head + own_z).to(tl.int64)
     sparse = first + place - sparse_start
     query = (z // heads * num_sparse + sparse) * (heads * G) + z % heads * G + member
-    return first, query * TOP_K, (sparse >= 0) & (sparse < num_sparse)
+    return first, z % heads, query * TOP_K, (sparse >= 0) & (sparse < num_sparse)
 
 
 @triton.jit(
     do_not_specialize=["heads", "heads_all", "first_head", "first_work", "num_tiles", "sparse_start", "num_sparse"]
 )
 def _choose(
-    scores, bests, peaks, space, tops, chosen, heads, heads_all, first_head, first_work, num_tiles, sparse_start,
-    num_sparse, room, G: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, TOP_K: tl.constexpr, KP: tl.constexpr,
-    GROUP: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, BY_TILES: tl.constexpr, BM: tl.constexpr,
-    ROWS: tl.constexpr,
+    scores, bests, peaks, space, tops, chosen, counts, heads, heads_all, first_head, first_work, num_tiles,
+    sparse_start, num_sparse, room, G: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, TOP_K: tl.constexpr,
+    KP: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, BY_TILES: tl.constexpr,
+    BM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     own = tl.program_id(0) // (BM // ROWS)
     place = tl.program_id(0) % (BM // ROWS) * ROWS + tl.arange(0, ROWS)
-    first, to, real = _whose(
+    first, head, to, real = _whose(
         place, own + first_work, first_head, heads, heads_all, num_tiles, sparse_start, num_sparse, G, TOP_K, BM
     )  # fmt: skip
+    stop, count = first // B * (B // UNIT), None
+    if counts is not None:
+        count = tl.minimum(tl.load(counts + head).to(tl.int32), stop)
     at = tl.program_id(0).to(tl.int64) * ROWS
     scores += own.to(tl.int64) * BM * room
     bests += own.to(tl.int64) * BM * (room // TILE) + tl.program_id(0) % (BM // ROWS) * ROWS
     peaks += at * tl.multiple_of(room // GROUP, 8)
     blocks, top = best_blocks(
-        scores, bests, peaks, space + at * (KP * GROUP), place, first // B * (B // UNIT), room, BM, ROWS, TOP_K, KP,
-        GROUP, TILE, COLUMNS, BY_TILES,
+        scores, bests, peaks, space + at * (KP * GROUP), place, stop, count, room, BM, ROWS, TOP_K, KP, GROUP, TILE,
+        COLUMNS, BY_TILES,
     )  # fmt: skip
     rank = tl.arange(0, KP)[None, :]
     kept = real[:, None] & (rank < TOP_K)
-    tl.store(chosen + to[:, None] + rank, blocks, mask=kept)
+    if counts is not None:
+        tl.store(chosen + to[:, None] + rank, tl.where(rank < count, blocks, -1), mask=kept)
+        kept &= rank < count
+        top = tl.maximum(top, -1e38)  # perhaps nothing is left
+    else:
+        tl.store(chosen + to[:, None] + rank, blocks, mask=kept)
     tl.store(tops + at + tl.arange(0, ROWS), top)
     tl.store(scores + score_at(place[:, None], blocks, BM), nothing_of(scores), mask=kept)
 
@@ -290,7 +305,7 @@ def _strike(
     G: tl.constexpr, TOP_K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     place = tl.arange(0, BM)
-    _, at, real = _whose(
+    _, _, at, real = _whose(
         place, tl.program_id(0) + first_work, first_head, heads, heads_all, num_tiles, sparse_start, num_sparse, G,
         TOP_K, BM,
     )  # fmt: skip
