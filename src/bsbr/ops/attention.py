@@ -131,11 +131,10 @@ def bsbr_attention(
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, calibration, sinks))
     # native code counts head by head where nothing has to be kept, so that its threads can share all heads
     counts = name == "native" and block_indices is None and not learns and config.selection != "recent"
+    # kernels take heads whose numbers have the same next power of two together
     together = name == "triton" and block_indices is None and config.selection != "recent"
     shares = [] if config.top_k_per_head is None else (shares_by_power if together else shares_of)(config)
-    if together and len(shares) == 1:
-        config = shares[0].config
-    elif shares and name != "reference" and not counts:
+    if shares and name != "reference" and not counts and not (together and shares[0].config == config):
         parts = [
             bsbr_attention(
                 take_share(q, share.heads, k.shape[2]), take_share(k, share.heads, k.shape[2]),

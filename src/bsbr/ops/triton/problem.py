@@ -141,7 +141,7 @@ def why_not_triton(
         f"block_size {config.block_size}": config.block_size % 16 != 0,
         f"retrieval_block_size {config.unit}": config.unit not in (16, 32, 64, 128, 256),
         f"blocks of {config.unit} keys of width {q.shape[3]} in {q.dtype}": block_bytes > _BLOCK_BYTES,
-        f"top_k {config.top_k}": config.top_k > _MOST_BLOCKS,
+        f"top_k {config.max_top_k}": config.top_k > _MOST_BLOCKS,
         "dropout": dropout_p > 0,
         "late queries that read their whole past": 0 < q_start < dense_until(config),
     }
