@@ -7,12 +7,13 @@ found in the same way, in the tiles of blocks that hold the best: then a query l
 8 * top_k peaks.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bsbr.ops.pieces import row_numbers
 from bsbr.ops.triton.problem import Problem
 from bsbr.ops.triton.scores import GROUP_BLOCKS, Scores, Tiles, nothing_of, score_at, tile_of
 from bsbr.ops.triton.short_scores import LOWEST, STEPS, steps_below
@@ -41,7 +42,7 @@ def choose_blocks(problem: Problem, tiles: Tiles, scores: Scores, tops: Tensor, 
         tops: where to put about the largest score that is left, [tiles, rows] float32.
         chosen: where to put the blocks, best first, [B, S, HQ, top_k] int32; -1 where a query reads fewer.
     """
-    counts = None if problem.counts is None else row_numbers(problem.counts, chosen.device)
+    counts = None if problem.counts is None else _on_device(problem.counts, chosen.device)
     most, groups = triton.next_power_of_2(problem.config.top_k), tiles.room // GROUP_BLOCKS
     by_tiles = groups > _MANY_GROUPS
     programs, rows = tiles.count * (tiles.rows // _ROWS), min(_ROWS, tiles.rows)
@@ -53,6 +54,12 @@ def choose_blocks(problem: Problem, tiles: Tiles, scores: Scores, tops: Tensor, 
         TILE=tiles.blocks, COLUMNS=min(64, max(16, triton.next_power_of_2(first_level))),
         BY_TILES=by_tiles, BM=tiles.rows, ROWS=rows, num_warps=1, num_stages=1,
     )  # fmt: skip
+
+
+@functools.cache  # every layer has its own, and a CUDA graph can copy nothing from the host
+def _on_device(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(counts, dtype=torch.int32, device=device)
 
 
 def strike_out(problem: Problem, tiles: Tiles, scores: Tensor, chosen: Tensor) -> None:
@@ -276,7 +283,7 @@ def _choose(
     )  # fmt: skip
     stop, count = first // B * (B // UNIT), None
     if counts is not None:
-        count = tl.minimum(tl.load(counts + head).to(tl.int32), stop)
+        count = tl.minimum(tl.load(counts + head), stop)
     at = tl.program_id(0).to(tl.int64) * ROWS
     scores += own.to(tl.int64) * BM * room
     bests += own.to(tl.int64) * BM * (room // TILE) + tl.program_id(0) % (BM // ROWS) * ROWS
