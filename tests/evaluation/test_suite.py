@@ -256,6 +256,18 @@ def stable(folder: Path) -> dict[str, Any]:
     return files | timed
 
 
+def test_ctrl_c_leaves_gradients_as_they_were(setting: SimpleNamespace, tmp_path: Path) -> None:
+    """It may come within the end of torch.no_grad, before this has put back what was."""
+
+    def variant() -> None:
+        torch.set_grad_enabled(False)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(setting, tmp_path, variants={"converted": variant})
+    assert torch.is_grad_enabled()
+
+
 def test_resuming_gives_the_files_of_an_uninterrupted_run(
     setting: SimpleNamespace, done: SimpleNamespace, tmp_path: Path
 ) -> None:

@@ -34,6 +34,9 @@ MENDED = (
     "One descriptor was left open in those two hours, by what was not seen. The records of an evaluation were a bare "
     "one, which nothing closed if Ctrl-C came before their first use; they are an object now, closed with its last "
     "reference.",
+    "Ctrl-C at the very end of one of PyTorch's own no_grad blocks, once in 2,710 pieces of work and 97 minutes, left "
+    "gradients off for whatever the process did next. What measures now puts back what was, and what trains asks for "
+    "gradients.",
 )
 
 

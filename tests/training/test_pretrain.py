@@ -36,6 +36,13 @@ def test_the_loss_falls_and_the_folder_opens_as_any_other(texts: dict[str, Path]
     assert model.float()(ids, labels=ids).loss.item() < 4.0
 
 
+def test_it_trains_where_gradients_are_off(texts: dict[str, Path], tmp_path: Path) -> None:
+    with torch.no_grad():  # an interrupted command can have left them so
+        record = run(texts, tmp_path / "out")
+        assert not torch.is_grad_enabled()
+    assert record["history"][-1]["held_out_nll"] < record["history"][0]["held_out_nll"]
+
+
 def test_an_interrupted_run_resumes_to_the_sameweights(
     texts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ Model = Any
 Variant = Model | Callable[[], Model]
 
 
+@torch.no_grad()  # Ctrl-C within an inner one can leave it on; this one puts back what was
 def run_suite(
     original: Model,
     tokenizer: Any,

@@ -31,6 +31,7 @@ Calibrate = Callable[[Any, int], object]
 """Fits a converted model in place, for windows of so many tokens."""
 
 
+@torch.no_grad()  # Ctrl-C within an inner one can leave it on; this one puts back what was
 def run_sweep(
     original: Any,
     tokenizer: Any,

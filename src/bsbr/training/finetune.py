@@ -37,6 +37,7 @@ _FINAL_FACTOR = 4
 """Held-out windows before and after, as a multiple of those on the way."""
 
 
+@torch.enable_grad()  # whatever the caller has set, or a Ctrl-C within torch.no_grad has left
 def finetune(
     model: PreTrainedModel,
     config: FinetuneConfig,

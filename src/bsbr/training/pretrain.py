@@ -43,6 +43,7 @@ _MODEL = ("config.json", "generation_config.json", "model.safetensors")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
+@torch.enable_grad()  # whatever the caller has set, or a Ctrl-C within torch.no_grad has left
 def run_pretrain(
     config: PretrainConfig,
     *,
