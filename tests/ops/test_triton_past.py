@@ -91,6 +91,20 @@ def test_gradients_fit_the_scores_of_the_forward_pass(way, name):
 
 
 @runs_kernels
+def test_nothing_is_left_of_a_past_that_is_read_whole(way):
+    """The second head reads 4 of the 4 blocks before token 64, the first 3 in the same call; products are large."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 200, heads, 16, generator=generator).to(DEVICE) for heads in (2, 2, 2))
+    config = BSBRConfig(block_size=16, top_k_per_head=(3, 4), dense_below=0)
+    for scale in (1, 20, 40):
+        o, lse = bsbr_attention(scale * q, k, v, config, backend="triton", return_lse=True)
+        wanted, wanted_lse, _ = reference_attention(scale * q, k, v, config)
+        whole = slice(64, 80), 1
+        torch.testing.assert_close(o[0][whole].double(), wanted[0][whole], rtol=0, atol=1e-4)
+        torch.testing.assert_close(lse[0][whole].double(), wanted_lse[0][whole], rtol=1e-5, atol=1e-4)
+
+
+@runs_kernels
 def test_a_key_that_is_no_number_shows_where_its_block_is_past(way):
     q, k, v = late()
     k[0, 100] = torch.nan

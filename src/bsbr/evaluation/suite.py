@@ -108,7 +108,8 @@ def _models(original: Model, variants: Mapping[str, Variant]) -> dict[str, Model
         raise UserError('variants must not hold "original": it is the model the others are compared with')
     made = {ORIGINAL: original}
     for name, variant in variants.items():
-        made[name] = variant if isinstance(variant, torch.nn.Module) else variant()
+        with torch.enable_grad():  # making it may mean fitting it
+            made[name] = variant if isinstance(variant, torch.nn.Module) else variant()
     for name, model in made.items():
         if model.training:
             raise UserError(f'model "{name}" is in training mode: expected eval mode. Call its eval() first')

@@ -144,7 +144,8 @@ class _Pass:
             self.progress.check()
             self.progress.stage(f"{length} tokens", f"calibrating top_k {point.top_k} of {point.unit}")
             assert self.calibrate is not None
-            self.calibrate(model, length)
+            with torch.enable_grad():  # the caller's own fitting may want them
+                self.calibrate(model, length)
             scalars = {name: pack(tensor.flatten().cpu().numpy()) for name, tensor in mine.items()}
             self.store.append(key, {"scalars": scalars, "top_k_per_head": model.config.bsbr["top_k_per_head"]})
             self.progress.advance(self.sweep.work[key])

@@ -6,6 +6,7 @@ head never needs another one's keys, values, summaries or choices, so nothing is
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from bsbr.config import BSBRConfig
 
 
 class Share(NamedTuple):
-    """Key heads that read the same number of blocks."""
+    """Key heads that are one call, or one cache."""
 
     heads: tuple[int, ...]
     """Their numbers, ascending."""
@@ -87,8 +88,8 @@ def take_share(x: Tensor, heads: Sequence[int], key_heads: int, dim: int = 2) ->
     """
     if len(heads) == key_heads:
         return x
-    index = _query_heads(heads, x.shape[dim] // key_heads, x.device)
-    return x.index_select(dim, index)
+    index = _query_heads(heads, x.shape[dim] // key_heads)
+    return x.index_select(dim, on_device(index, x.device))
 
 
 def join_shares(parts: Sequence[Tensor], heads: Sequence[Sequence[int]], dim: int = 2) -> Tensor:
@@ -108,11 +109,33 @@ def join_shares(parts: Sequence[Tensor], heads: Sequence[Sequence[int]], dim: in
     if len(parts) == 1:
         return parts[0]
     group = parts[0].shape[dim] // len(heads[0])
-    order = _query_heads([head for own in heads for head in own], group, parts[0].device)
-    return torch.cat(list(parts), dim).index_select(dim, order.argsort())
+    index = _query_heads([head for own in heads for head in own], group)
+    order = tuple(sorted(range(len(index)), key=index.__getitem__))
+    return torch.cat(list(parts), dim).index_select(dim, on_device(order, parts[0].device))
 
 
-def _query_heads(heads: Sequence[int], group: int, device: torch.device) -> Tensor:
+def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Put a few numbers on a device, once: a copy from the host would wait for the GPU, and no CUDA graph can hold it.
+
+    Args:
+        numbers: integers.
+        device: where to.
+    Returns:
+        The same tensor each time, [N] int64.
+
+    Example:
+        >>> on_device((2, 3), torch.device("cpu")).tolist()
+        [2, 3]
+    """
+    return torch.tensor(numbers, device=device) if torch.compiler.is_compiling() else _kept(numbers, device)
+
+
+@cache
+def _kept(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, device=device)
+
+
+def _query_heads(heads: Sequence[int], group: int) -> tuple[int, ...]:
     """Numbers of the query heads of key heads."""
-    first = torch.tensor(heads, device=device)[:, None] * group
-    return (first + torch.arange(group, device=device)).flatten()
+    return tuple(head * group + member for head in heads for member in range(group))

@@ -30,7 +30,7 @@ _CHARACTERS = 16
 """Characters per token wanted that are certainly enough; of longer texts only parts are tokenised."""
 
 
-@torch.enable_grad()  # whatever the caller has set, or a Ctrl-C within torch.no_grad has left
+@torch.enable_grad()  # also where a caller, or a Ctrl-C within torch.no_grad, has left gradients off
 def calibrate(
     model: PreTrainedModel,
     input_ids_or_text: Tensor | str,

@@ -37,7 +37,7 @@ _FINAL_FACTOR = 4
 """Held-out windows before and after, as a multiple of those on the way."""
 
 
-@torch.enable_grad()  # whatever the caller has set, or a Ctrl-C within torch.no_grad has left
+@torch.enable_grad()  # also where a caller, or a Ctrl-C within torch.no_grad, has left gradients off
 def finetune(
     model: PreTrainedModel,
     config: FinetuneConfig,

@@ -43,7 +43,7 @@ _MODEL = ("config.json", "generation_config.json", "model.safetensors")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
-@torch.enable_grad()  # whatever the caller has set, or a Ctrl-C within torch.no_grad has left
+@torch.enable_grad()  # also where a caller, or a Ctrl-C within torch.no_grad, has left gradients off
 def run_pretrain(
     config: PretrainConfig,
     *,

@@ -63,7 +63,7 @@ def backward(
     part_q = q.new_empty(at_once, problem.num_sparse * problem.group, config.top_k + 1, width)
     for first in range(0, heads, at_once):
         here = range(first, min(heads, first + at_once))
-        if problem.counts:
+        if problem.gaps:
             part_q.zero_()  # parts that nothing is written to
         if config.top_k:
             pairs = sort_pairs(chosen, problem.group, here, problem.num_blocks, rows=1024)

@@ -13,7 +13,13 @@ from bsbr.ops.triton.summaries import block_moments, far_field
 
 
 def forward(
-    problem: Problem, q: Tensor, k: Tensor, v: Tensor, calibration: Tensor, block_indices: Tensor | None
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    calibration: Tensor,
+    block_indices: Tensor | None,
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the output of all queries.
 
@@ -26,6 +32,7 @@ def forward(
         q: [B, Tq, HQ, D]; k, v: [B, T, H, D].
         calibration: [HQ, 5] float32.
         block_indices: the selection to use, [B, Tq, HQ, top_k], or None.
+        counts: blocks that a query of each key head reads, [H] int64, where these differ.
     Returns:
         o [B, Tq, HQ, D]; lse [B, Tq, HQ] float32; chosen blocks of the sparse queries [B, S, HQ, top_k] int32.
     """
@@ -52,9 +59,9 @@ def forward(
     part_lse = lse.new_empty(part_o.shape[:3])
     for first in range(0, heads, at_once):
         here = range(first, min(heads, first + at_once))
-        if problem.counts:
+        if problem.gaps:
             part_lse.fill_(-torch.inf)  # parts that nothing is written to
-        attend_past(problem, here, (q, k, v), field, calibration, chosen, given, part_o, part_lse)
+        attend_past(problem, here, (q, k, v), field, calibration, chosen, given, counts, part_o, part_lse)
         if config.top_k:
             pairs = sort_pairs(chosen, problem.group, here, problem.num_blocks, rows=1024)
             attend_pairs(problem, pairs, first, q, k, v, part_o, part_lse)

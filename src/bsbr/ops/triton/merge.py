@@ -21,7 +21,7 @@ def merge_parts(problem: Problem, heads_here: range, part_o: Tensor, part_lse: T
     rows, width, num_queries = 8, part_o.shape[3], problem.num_sparse * problem.group
     _merge[(triton.cdiv(num_queries, rows), len(heads_here))](
         part_o, part_lse, o, lse, num_queries, problem.num_queries, problem.num_dense, heads_here.start,
-        o.shape[2] // problem.group, G=problem.group, PARTS=part_o.shape[2], GAPS=problem.counts is not None,
+        o.shape[2] // problem.group, G=problem.group, PARTS=part_o.shape[2], GAPS=problem.gaps,
         D=width, DP=padded(width), ROWS=rows, num_warps=4,
     )  # fmt: skip
 

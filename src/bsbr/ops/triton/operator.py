@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bsbr.config import BSBRConfig, Far, Selection, State
+from bsbr.ops.shares import on_device
 from bsbr.ops.triton.backward import backward
 from bsbr.ops.triton.dense import attend_all, has_flash
 from bsbr.ops.triton.forward import forward
@@ -38,7 +39,9 @@ def triton_attention(
         o [B, Tq, HQ, D] in the dtype of q; lse [B, Tq, HQ] float32, without gradient.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    o, lse, _ = _attention(q, k, v, calibration.contiguous(), block_indices, encode(config), scale, q_start)
+    numbers = config.top_k_per_head
+    counts = None if numbers is None else on_device(numbers, q.device)
+    o, lse, _ = _attention(q, k, v, calibration.contiguous(), block_indices, counts, encode(config), scale, q_start)
     return o, lse.detach()
 
 
@@ -84,15 +87,16 @@ def _attention(
     v: Tensor,
     calibration: Tensor,
     block_indices: Tensor | None,
+    counts: Tensor | None,
     settings: str,
     scale: float,
     q_start: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return forward(_problem(q, k, settings, scale, q_start), q, k, v, calibration, block_indices)
+    return forward(_problem(q, k, settings, scale, q_start), q, k, v, calibration, block_indices, counts)
 
 
 @_attention.register_fake
-def _(q, k, v, calibration, block_indices, settings, scale, q_start):  # type: ignore[no-untyped-def]
+def _(q, k, v, calibration, block_indices, counts, settings, scale, q_start):  # type: ignore[no-untyped-def]
     problem = _problem(q, k, settings, scale, q_start)
     chosen = q.new_empty(
         q.shape[0], problem.num_sparse, q.shape[2], problem.config.top_k if problem.num_sparse else 0,
@@ -124,14 +128,14 @@ def _(do, q, k, v, calibration, o, lse, chosen, settings, scale, q_start):  # ty
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, calibration, _, *ctx.options = inputs
+    q, k, v, calibration, _, _, *ctx.options = inputs
     ctx.save_for_backward(q, k, v, calibration, *output)
 
 
 def _differentiate(ctx, do, *_):  # type: ignore[no-untyped-def]
     q, k, v, calibration, o, lse, chosen = ctx.saved_tensors
     gradients = _attention_backward(do, q, k, v, calibration, o, lse, chosen, *ctx.options)
-    return *gradients, None, None, None, None
+    return *gradients, None, None, None, None, None
 
 
 _attention.register_autograd(_differentiate, setup_context=_save)

@@ -23,6 +23,7 @@ def attend_past(
     calibration: Tensor,
     chosen: Tensor,
     given: bool,
+    counts: Tensor | None,
     part_o: Tensor,
     part_lse: Tensor,
 ) -> None:
@@ -44,6 +45,7 @@ def attend_past(
         calibration: [HQ, 5] float32.
         chosen: block indices of the sparse queries, [B, S, HQ, top_k] int32; written for the heads here.
         given: they are there already.
+        counts: blocks that a query of each key head reads, [H] int64, where these differ.
         part_o: partial outputs, [heads, S * G, parts, D]; part_lse: their log2-sum-exp2, [heads, S * G, parts].
             This is part `top_k` of each query.
     """
@@ -69,7 +71,7 @@ def attend_past(
         if room:
             write_scores(problem, here, tensors[0], field, calibration, scores)
         if choose:
-            choose_blocks(problem, here, scores, tops, chosen)
+            choose_blocks(problem, here, scores, tops, chosen, counts)
         elif far and config.top_k:
             strike_out(problem, here, scores.each, chosen)
         _attend_past[(here.count,)](
@@ -79,8 +81,8 @@ def attend_past(
             field.states.shape[1], room, problem.sparse_start, problem.q_start, problem.num_queries,
             problem.score_scales[0], problem.scale,
             G=problem.group, B=config.block_size, UNIT=config.unit, TOP_K=config.top_k, D=width, DP=padded(width),
-            BM=rows, BN=blocks, FAR=far,
-            FIND=not choose, STATE=config.state != "none", PIECE=min(64, padded(width)), num_warps=4, num_stages=1,
+            BM=rows, BN=blocks, FAR=far, FIND=not choose, GAPS=problem.gaps, STATE=config.state != "none",
+            PIECE=min(64, padded(width)), num_warps=4, num_stages=1,
             maxnreg=168 if width <= 128 else None,
         )  # fmt: skip
 
@@ -144,8 +146,8 @@ def _attend_past(
     heads, heads_all, first_head, first_work, num_tiles, num_blocks, num_states, room, sparse_start, q_start,
     num_queries, score_scale, scale,
     G: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, TOP_K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, FAR: tl.constexpr, FIND: tl.constexpr, STATE: tl.constexpr,
-    PIECE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, FAR: tl.constexpr, FIND: tl.constexpr, GAPS: tl.constexpr,
+    STATE: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     first, own_z, member = tile_of(tl.program_id(0) + first_work, num_tiles, heads_all, sparse_start, G, BM)
     z = (first_head + own_z).to(tl.int64)
@@ -168,6 +170,9 @@ def _attend_past(
         top, total, acc = _read_far(
             scores + at * room, bests + at * (room // BN), mean_v + z * num_blocks * D, top, stop, FIND, D, DP, BM, BN
         )  # fmt: skip
+        if GAPS:  # of queries that read all of their past nothing is left, whatever the scores struck out say
+            left = top > -1e37
+            total, acc = tl.where(left, total, 0.0), tl.where(left[:, None], acc, 0.0)
         scalars = calibration + head * 5
         mean_factor, _ = score_factors(calibration, head, score_scale, score_scale)
         top += tl.load(scalars) * 1.4426950408889634 + tl.log2(UNIT * 1.0)

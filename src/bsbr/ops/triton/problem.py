@@ -39,8 +39,6 @@ class Problem(NamedTuple):
     """Query heads of a key head."""
     most_rows: int
     """Largest tile of queries: products in float32 and wide heads leave room for fewer."""
-    counts: tuple[int, ...] | None
-    """Blocks that a query of each key head reads, `config.top_k` at most; None where each reads that many."""
     short_scores: bool
     """Scores of past blocks are kept in 16 bits (`bsbr.ops.triton.short_scores`), as for 16-bit input."""
 
@@ -58,6 +56,11 @@ class Problem(NamedTuple):
     def num_sparse(self) -> int:
         """Sparse queries."""
         return self.stop - self.sparse_start
+
+    @property
+    def gaps(self) -> bool:
+        """Key heads read different numbers of blocks, `config.top_k` at most: a chosen block of -1 is none."""
+        return self.config.top_k_per_head is not None
 
     @property
     def num_dense(self) -> int:
@@ -104,8 +107,7 @@ class Problem(NamedTuple):
 def make_problem(q: Tensor, k: Tensor, config: BSBRConfig, scale: float, q_start: int) -> Problem:
     """Gather the sizes of a call of `bsbr_attention`."""
     most_rows = 32 if q.element_size() > 2 else 64
-    group, counts = q.shape[2] // k.shape[2], config.top_k_per_head
-    return Problem(config, scale, q_start, q.shape[1], group, most_rows, counts, q.element_size() == 2)
+    return Problem(config, scale, q_start, q.shape[1], q.shape[2] // k.shape[2], most_rows, q.element_size() == 2)
 
 
 def why_not_triton(
@@ -127,6 +129,7 @@ def why_not_triton(
         >>> why_not_triton(x, x, x, BSBRConfig())
         'tensors on cpu'
     """
+    most = config.top_k if config.top_k_per_head is None else config.max_top_k
     block_bytes = config.unit * (1 << (q.shape[3] - 1).bit_length()) * q.element_size()
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # triton's own switch for debugging without a GPU
     obstacles = {
@@ -141,7 +144,7 @@ def why_not_triton(
         f"block_size {config.block_size}": config.block_size % 16 != 0,
         f"retrieval_block_size {config.unit}": config.unit not in (16, 32, 64, 128, 256),
         f"blocks of {config.unit} keys of width {q.shape[3]} in {q.dtype}": block_bytes > _BLOCK_BYTES,
-        f"top_k {config.max_top_k}": config.top_k > _MOST_BLOCKS,
+        f"top_k {most}": most > _MOST_BLOCKS,
         "dropout": dropout_p > 0,
         "late queries that read their whole past": 0 < q_start < dense_until(config),
     }

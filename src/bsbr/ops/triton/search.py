@@ -7,8 +7,6 @@ found in the same way, in the tiles of blocks that hold the best: then a query l
 8 * top_k peaks.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -32,17 +30,19 @@ _MANY_GROUPS = 128
 """Groups beyond which the best are found by way of the tiles of blocks."""
 
 
-def choose_blocks(problem: Problem, tiles: Tiles, scores: Scores, tops: Tensor, chosen: Tensor) -> None:
+def choose_blocks(
+    problem: Problem, tiles: Tiles, scores: Scores, tops: Tensor, chosen: Tensor, counts: Tensor | None
+) -> None:
     """Choose the `top_k` past blocks of largest score for some tiles of queries, and strike them out of the scores.
 
     Args:
         problem: sizes.
         tiles: which tiles.
         scores: as `write_scores` wrote them; those of chosen blocks become what counts as nothing.
-        tops: where to put about the largest score that is left, [tiles, rows] float32.
+        tops: where to put about the largest score that is left, [tiles, rows] float32; -1e38 where none is.
         chosen: where to put the blocks, best first, [B, S, HQ, top_k] int32; -1 where a query reads fewer.
+        counts: blocks that a query of each key head reads, [H] int64; None where each reads `top_k`.
     """
-    counts = None if problem.counts is None else _on_device(problem.counts, chosen.device)
     most, groups = triton.next_power_of_2(problem.config.top_k), tiles.room // GROUP_BLOCKS
     by_tiles = groups > _MANY_GROUPS
     programs, rows = tiles.count * (tiles.rows // _ROWS), min(_ROWS, tiles.rows)
@@ -54,12 +54,6 @@ def choose_blocks(problem: Problem, tiles: Tiles, scores: Scores, tops: Tensor, 
         TILE=tiles.blocks, COLUMNS=min(64, max(16, triton.next_power_of_2(first_level))),
         BY_TILES=by_tiles, BM=tiles.rows, ROWS=rows, num_warps=1, num_stages=1,
     )  # fmt: skip
-
-
-@functools.cache  # every layer has its own, and a CUDA graph can copy nothing from the host
-def _on_device(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(counts, dtype=torch.int32, device=device)
 
 
 def strike_out(problem: Problem, tiles: Tiles, scores: Tensor, chosen: Tensor) -> None:
@@ -283,7 +277,7 @@ def _choose(
     )  # fmt: skip
     stop, count = first // B * (B // UNIT), None
     if counts is not None:
-        count = tl.minimum(tl.load(counts + head), stop)
+        count = tl.minimum(tl.load(counts + head).to(tl.int32), stop)
     at = tl.program_id(0).to(tl.int64) * ROWS
     scores += own.to(tl.int64) * BM * room
     bests += own.to(tl.int64) * BM * (room // TILE) + tl.program_id(0) % (BM // ROWS) * ROWS
@@ -297,7 +291,7 @@ def _choose(
     if counts is not None:
         tl.store(chosen + to[:, None] + rank, tl.where(rank < count, blocks, -1), mask=kept)
         kept &= rank < count
-        top = tl.maximum(top, -1e38)  # perhaps nothing is left
+        top = tl.where(count < stop, top, -1e38)
     else:
         tl.store(chosen + to[:, None] + rank, blocks, mask=kept)
     tl.store(tops + at + tl.arange(0, ROWS), top)

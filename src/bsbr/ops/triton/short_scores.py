@@ -3,7 +3,9 @@
 A score is rounded to steps of 2**-11 (of powers of two), and what is kept is how many steps it is below the best of its
 tile of blocks: exactly up to 2**15 steps, from there to 16 steps, and 557,040 steps (272 powers of two) at most.
 Rounding comes first, so blocks of equal scores stay equal whatever tiles they are in. The range is wide, since a block
-that outweighs its neighbours by far may be read exactly, and these then count among the others.
+that outweighs its neighbours by far may be read exactly, and these then count among the others. A block that is left
+and more than 272 powers of two below the best of its tile counts as 272 below: too much, where the best one's mass was
+overestimated by about as much (logits of a block tens of nats apart, uncalibrated).
 """
 
 import triton
