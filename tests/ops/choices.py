@@ -38,7 +38,7 @@ def choices(
             from bsbr.ops.triton.problem import make_problem
 
             problem = make_problem(q, k, config, scale, q_start)
-            return forward(problem, q, k, v, calibration.float(), None)[2].long().sort(-1).values
+            return forward(problem, q, k, v, calibration.float(), None, None)[2].long().sort(-1).values
     return found.permute(0, 3, 1, 2).sort(-1).values
 
 

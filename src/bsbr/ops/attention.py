@@ -133,8 +133,9 @@ def bsbr_attention(
     counts = name == "native" and block_indices is None and not learns and config.selection != "recent"
     # kernels take heads whose numbers have the same next power of two together
     together = name == "triton" and block_indices is None and config.selection != "recent"
-    shares = [] if config.top_k_per_head is None else (shares_by_power if together else shares_of)(config)
-    if shares and name != "reference" and not counts and not (together and shares[0].config == config):
+    differ = config.top_k_per_head is not None and name != "reference" and not counts
+    shares = (shares_by_power if together else shares_of)(config) if differ else []
+    if shares and not (together and shares[0].config == config):  # those of one power are this call
         parts = [
             bsbr_attention(
                 take_share(q, share.heads, k.shape[2]), take_share(k, share.heads, k.shape[2]),

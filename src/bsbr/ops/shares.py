@@ -38,11 +38,7 @@ def shares_of(config: BSBRConfig) -> list[Share]:
     """
     counts = config.top_k_per_head or ()
     return [
-        Share(
-            tuple(head for head, count in enumerate(counts) if count == number),
-            replace(config, top_k=number, top_k_per_head=None),
-        )
-        for number in sorted(set(counts))
+        Share(heads, replace(config, top_k=number, top_k_per_head=None)) for number, heads in _heads_by(counts).items()
     ]
 
 
@@ -61,10 +57,8 @@ def shares_by_power(config: BSBRConfig) -> list[Share]:
         [((1,), 0), ((0, 2), 4)]
     """
     counts = config.top_k_per_head or ()
-    powers = [1 << (count - 1).bit_length() if count else 0 for count in counts]
     shares = []
-    for power in sorted(set(powers)):
-        heads = tuple(head for head, own in enumerate(powers) if own == power)
+    for power, heads in _heads_by([1 << (count - 1).bit_length() if count else 0 for count in counts]).items():
         own_counts = tuple(counts[head] for head in heads)
         same = all(count == power for count in own_counts)
         shares.append(Share(heads, replace(config, top_k=power, top_k_per_head=None if same else own_counts)))
@@ -117,6 +111,8 @@ def join_shares(parts: Sequence[Tensor], heads: Sequence[Sequence[int]], dim: in
 def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """Put a few numbers on a device, once: a copy from the host would wait for the GPU, and no CUDA graph can hold it.
 
+    For numbers that settings give, which are few; `bsbr.ops.pieces.row_numbers` forgets those of calls long ago.
+
     Args:
         numbers: integers.
         device: where to.
@@ -134,6 +130,11 @@ def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 def _kept(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(numbers, device=device)
+
+
+def _heads_by(numbers: Sequence[int]) -> dict[int, tuple[int, ...]]:
+    """The heads that have each number, least number first."""
+    return {number: tuple(head for head, own in enumerate(numbers) if own == number) for number in sorted(set(numbers))}
 
 
 def _query_heads(heads: Sequence[int], group: int) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ def forward(
     v: Tensor,
     calibration: Tensor,
     block_indices: Tensor | None,
-    counts: Tensor | None = None,
+    counts: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the output of all queries.
 
