@@ -23,10 +23,11 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 RESULTS = Path(__file__).parent / "results"
 NAMES = {
     "full": "full", "bsbr": "BSBR", "window": "window of 576", "linear": "linear", "gated_delta": "Gated DeltaNet",
+    "bsbr_units": "BSBR, units of 16",
 }  # fmt: skip
 _CONTROLS = {"random_blocks": ":", "retrieval_off": "--", "summaries_only": "-."}
 _TASKS = ("passkey", "mqar", "needle_multikey")
-_WIDEST = 0.15
+_WIDEST = 0.25
 """Differences that are drawn, nats; a line that leaves this range says in the legend where it ends."""
 
 
@@ -47,8 +48,8 @@ def main() -> None:
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     handles = {label: line for axis in axes[1] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
-    figure.legend(list(handles.values()), list(handles), loc="lower center", ncols=len(handles), fontsize=8)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.legend(list(handles.values()), list(handles), loc="lower center", ncols=-(-len(handles) // 2), fontsize=8)
     figure.savefig(options.output, metadata={"Date": None})
 
 

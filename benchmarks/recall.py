@@ -33,6 +33,7 @@ from bsbr.training.trainer import Trainer, total_steps
 ATTENTIONS = {
     "full": "full",
     "bsbr": "bsbr:block_size=64,top_k=8,dense_below=0",
+    "bsbr_units": "bsbr:block_size=64,retrieval_block_size=16,top_k=32,dense_below=0",
     "bsbr_drop": "bsbr:block_size=64,top_k=8,dense_below=0,far=drop",
     "window": "window:window=576",
     "linear": "linear",
@@ -42,7 +43,7 @@ ATTENTIONS = {
     "additive": "additive:block_size=64",
     "local": "local:block_size=64",
 }
-"""What each name stands for."""
+"""What each name stands for; `bsbr_units` reads as many tokens as `bsbr`, chosen 16 at a time."""
 
 _RECIPE: dict[str, Any] = {
     "batch_tokens": 32_768, "lr": 1e-2, "muon_lr": 1e-2, "weight_decay": 0.01, "warmup_steps": 100, "val_interval": 200,

@@ -44,6 +44,7 @@ queue() {
     for seed in 0 1 2; do
         for task in passkey mqar needle_multikey; do printf "recall $task %s $seed\n" bsbr full; done
     done
+    printf 'recall needle_multikey bsbr_units %s\n' 0 1 2
     for seed in 0 1 2; do printf "extension %s $seed\n" bsbr full; done
     for seed in 0 1 2; do
         for task in mqar needle_multikey passkey; do printf "recall $task %s $seed\n" window linear; done
