@@ -20,8 +20,8 @@ fidelity 16384 4096 3 131072 --retrieval-block-size 32 --top-k 32 --output "$out
 python3 -m bsbr.cli convert "$model" "$output/converted" --top-k 8 --dense-below 0 --calibrate "$other" \
     --calibration-tokens 65536 --calibration-length 8192 --calibration-queries 1024 --device cuda
 python3 -m bsbr.cli finetune "$output/converted" "$output/finetuned" --text "$other" --val "$held_out" --scope all \
-    --length 8192 --batch-windows 2 --accumulation 1 --distill-tokens 10000000 --lr 1e-5 --scalar-lr 1e-3 \
-    --precision float16 --save-interval 100000 --eval-interval 122 --eval-windows 4 --device cuda
+    --length 8192 --batch-windows 2 --accumulation 1 --distill-tokens 10000000 --lr 2e-5 --scalar-lr 1e-3 \
+    --precision float16 --save-interval 150 --eval-interval 122 --eval-windows 6 --device cuda
 fidelity 8192 2048 5 65536 --top-k 8 --finetuned "$output/finetuned" --output "$output/fidelity_llama-28m.json"
 
 for length in 8192 16384; do
