@@ -19,6 +19,7 @@ from torch import Tensor
 from bsbr.config import BSBRConfig
 from bsbr.evaluation.provenance import device_name
 from bsbr.ops import bsbr_attention, reference_attention
+from bsbr.ops.schedule import dense_until
 from tests.long.causality import changed
 from tests.long.journal import run_all
 from tests.ops.cases import Case, error_bound
@@ -34,6 +35,7 @@ CONFIGS = {
     "mean": BSBRConfig(dense_below=0, block_size=32, top_k=2, far="mean"),
     "drop": BSBRConfig(dense_below=0, block_size=32, top_k=2, far="drop"),
     "states": BSBRConfig(dense_below=0, block_size=32, top_k=0),
+    "heads": BSBRConfig(dense_below=0, block_size=32, top_k=4, top_k_per_head=(4, 3)),
 }
 TOKENS, ROWS, WIDTH = 512, 128, 64
 LONG = BSBRConfig(dense_below=0, block_size=128, top_k=4)
@@ -102,7 +104,7 @@ def poison(key: str) -> dict[str, Any]:
     for x in bad:
         x[:, at] = fill
     before = at // config.block_size * config.block_size
-    dense = max(config.dense_below, (config.top_k * config.unit // config.block_size + 1) * config.block_size)
+    dense = dense_until(config)
     o = attend(q, *bad, config)
     wrong.append(at >= dense and not torch.equal(o[:, :before], clean[:, :before]))
     with filled_memory(), torch.no_grad():  # gradients have no fixed order, and are refused where one is asked for

@@ -19,7 +19,8 @@ ROUNDING = {"reference": 2.0**-52, "chunked": 2.0**-23, "native": 2.0**-23, "tri
 def choices(
     backend: str, q: Tensor, k: Tensor, v: Tensor, config: BSBRConfig, calibration: Tensor, q_start: int = 0
 ) -> Tensor:
-    """Blocks that a backend reads for its sparse queries, ascending, [B, S, HQ, top_k]."""
+    """Blocks that a backend reads for its sparse queries, ascending, [B, S, HQ, top_k]; -1, first, where a head of a
+    call of kernels reads fewer."""
     scale, wide = q.shape[-1] ** -0.5, torch.promote_types(q.dtype, torch.float32)
     plan = Plan(config, scale, q_start, q.shape[1], NO_DROPOUT)
     with torch.no_grad():
@@ -38,7 +39,9 @@ def choices(
             from bsbr.ops.triton.problem import make_problem
 
             problem = make_problem(q, k, config, scale, q_start)
-            return forward(problem, q, k, v, calibration.float(), None, None)[2].long().sort(-1).values
+            numbers = config.top_k_per_head
+            counts = None if numbers is None else torch.tensor(numbers, device=q.device)
+            return forward(problem, q, k, v, calibration.float(), None, counts)[2].long().sort(-1).values
     return found.permute(0, 3, 1, 2).sort(-1).values
 
 

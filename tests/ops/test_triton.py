@@ -274,8 +274,8 @@ def test_more_blocks_than_the_compiler_takes_in_seconds_are_left_to_other_backen
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     x = torch.zeros(1, 9, 2, 64)
-    assert why_not_triton(x, x, x, BSBRConfig(top_k=32)) is None
-    assert why_not_triton(x, x, x, BSBRConfig(top_k=33)) == "top_k 33"
+    assert why_not_triton(x, x, x, BSBRConfig(top_k=128)) is None
+    assert why_not_triton(x, x, x, BSBRConfig(top_k=129)) == "top_k 129"
 
 
 def interpreter_obstacle() -> str | None:

@@ -87,6 +87,22 @@ def test_each_token_equals_the_reference(name):
     check(name, torch.float32, 40 if GPU else 4)
 
 
+@runs_kernels
+@pytest.mark.parametrize("name", ["plain", "units, rows, two tokens"])
+def test_many_columns_are_searched_together_to_the_same_bits(name, monkeypatch):
+    from bsbr.ops.triton import decode
+
+    case, steps, mode = draw(name, torch.float32)
+    tensors, tokens = case.tensors(torch.float32), case.k.shape[1]
+    outputs = []
+    for most in (1 << 30, 0):
+        monkeypatch.setattr(decode, "_MANY_COLUMNS", most)
+        cache = BlockCache(case.config, mode)
+        cache.fill(*(x[:, : tokens - 4] for x in tensors[1:]))
+        outputs.append(decoded(cache, tensors, case.calibration, tokens - 4, tokens, steps))
+    assert torch.equal(*outputs)
+
+
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

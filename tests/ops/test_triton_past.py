@@ -1,6 +1,6 @@
-"""Scores of past blocks in 16 bits, and the search by tiles of blocks, in float32: at full precision of products.
+"""Scores of past blocks in 16 bits, the searches for a long past and for many blocks: at full precision of products.
 
-Kernels take the one for 16-bit input and the other for a long past; here both are asked for.
+Kernels take scores in 16 bits for 16-bit input; here all of these are asked for in float32.
 """
 
 import pytest
@@ -26,12 +26,12 @@ FAR = BSBRConfig(block_size=16, top_k=4, dense_below=0)
 UNCALIBRATED = torch.tensor([[0.0, 1, 1, 1, 1]], device=DEVICE).repeat(2, 1)
 
 
-@pytest.fixture(params=["16 bits", "by tiles", "16 bits, by tiles"])
+@pytest.fixture(params=["16 bits", "by tiles", "16 bits, by tiles", "many", "16 bits, many in parts"])
 def way(request, monkeypatch) -> str:
     """Ask for it."""
     if "16 bits" in request.param and DEVICE == "cuda":
         pytest.skip("Triton 3.6 mixes up float32 products written in 16 bits; only 16-bit input has them so")
-    from bsbr.ops.triton import operator, problem, search
+    from bsbr.ops.triton import operator, past, problem, search, search_many
 
     make = problem.make_problem
     short = "16 bits" in request.param
@@ -41,10 +41,14 @@ def way(request, monkeypatch) -> str:
         )
     if "by tiles" in request.param:
         monkeypatch.setattr(search, "_MANY_GROUPS", 0)
+    if "many" in request.param:
+        monkeypatch.setattr(past, "MOST_WRITTEN_OUT", 0)
+    if "in parts" in request.param:
+        monkeypatch.setattr(search_many, "_COLUMNS", 32)
     return request.param
 
 
-def late(tokens: int = 1312, rows: int = 8, outlier: float = 0.0) -> list[torch.Tensor]:
+def late(tokens: int = 1312, rows: int = 4, outlier: float = 0.0) -> list[torch.Tensor]:
     """Queries of the last rows, keys that differ by block, values; block 1 outweighs the others for the first head."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, n, heads, 16, generator=generator) for n, heads in ((rows, 2), (tokens, 1), (tokens, 1)))
@@ -54,8 +58,7 @@ def late(tokens: int = 1312, rows: int = 8, outlier: float = 0.0) -> list[torch.
 
 
 @runs_kernels
-@pytest.mark.parametrize("outlier", [0.0, 30.0])
-@pytest.mark.parametrize("far", ["moments", "drop"])
+@pytest.mark.parametrize(("far", "outlier"), [("moments", 0.0), ("moments", 30.0), ("drop", 30.0)])
 def test_late_queries_choose_and_read_as_the_reference(way, outlier, far):
     """A weight may be off by two steps of its score at most, whatever outweighs it and is read exactly."""
     q, k, v = late(outlier=outlier)
@@ -67,6 +70,26 @@ def test_late_queries_choose_and_read_as_the_reference(way, outlier, far):
     expected = reference_attention(q, k, v, config, q_start=start, block_indices=found)[0]
     actual = bsbr_attention(q, k, v, config, q_start=start, backend="triton")
     assert (actual.double() - expected).abs().max() <= (2.0**-11 if far != "drop" else 2.0**-18) * v.abs().max()
+
+
+@runs_kernels
+@pytest.mark.parametrize("counts", [None, (40, 33), (64, 50)], ids=str)
+def test_more_blocks_than_the_search_writes_out(counts):
+    """Of 81 past blocks; the first call reads 48 with every head."""
+    q, k, v = late()
+    k, v = (torch.cat([x, x.roll(7, 1)], 2) for x in (k, v))
+    config = BSBRConfig(block_size=16, top_k=48, top_k_per_head=counts, dense_below=0)
+    start = k.shape[1] - q.shape[1]
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    o, lse = bsbr_attention(*leaves, config, q_start=start, backend="triton", return_lse=True)
+    wide = [x.double().requires_grad_() for x in (q, k, v)]
+    expected, expected_lse, _ = reference_attention(*wide, config, q_start=start)
+    torch.testing.assert_close(o.double(), expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=2e-5)
+    do = torch.randn(o.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    found = torch.autograd.grad(o, leaves, do)
+    for a, b in zip(found, torch.autograd.grad(expected, wide, do.double()), strict=True):
+        assert (a.double() - b).norm() <= 5e-6 * b.norm()
 
 
 @runs_kernels
@@ -94,12 +117,13 @@ def test_gradients_fit_the_scores_of_the_forward_pass(way, name):
 def test_nothing_is_left_of_a_past_that_is_read_whole(way):
     """The second head reads 4 of the 4 blocks before token 64, the first 3 in the same call; products are large."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 200, heads, 16, generator=generator).to(DEVICE) for heads in (2, 2, 2))
+    q, k, v = (torch.randn(1, 80, 2, 16, generator=generator).to(DEVICE) for _ in range(3))
+    q = q[:, 64:]
     config = BSBRConfig(block_size=16, top_k_per_head=(3, 4), dense_below=0)
     for scale in (1, 20, 40):
-        o, lse = bsbr_attention(scale * q, k, v, config, backend="triton", return_lse=True)
-        wanted, wanted_lse, _ = reference_attention(scale * q, k, v, config)
-        whole = slice(64, 80), 1
+        o, lse = bsbr_attention(scale * q, k, v, config, q_start=64, backend="triton", return_lse=True)
+        wanted, wanted_lse, _ = reference_attention(scale * q, k, v, config, q_start=64)
+        whole = slice(0, 16), 1
         torch.testing.assert_close(o[0][whole].double(), wanted[0][whole], rtol=0, atol=1e-4)
         torch.testing.assert_close(lse[0][whole].double(), wanted_lse[0][whole], rtol=1e-5, atol=1e-4)
 

@@ -19,7 +19,7 @@ class DeviceStep:
     """
 
     def __init__(self) -> None:
-        self._lengths = self._counters = torch.empty(0)
+        self._lengths = torch.empty(0)
         self._known: list[int] = []  # what the host knows to stand in the tensor
 
     def attend(
@@ -46,9 +46,9 @@ class DeviceStep:
         assert meta is not None
         past_k, past_v = (store.k, store.v) if store is not None and config.top_k else (None, None)
         held = Held(own.k, own.v, past_k, past_v, meta, mean_v, states)
-        self._set(lengths, k.shape[2], q.device)
+        self._set(lengths, q.device)
         rows = row_numbers(piece.rows, q.device)
-        o = triton_decode(q, k, v, held, rows, self._lengths, self._counters, config, calibration, scale)
+        o = triton_decode(q, k, v, held, rows, self._lengths, config, calibration, scale)
         self.advance(piece.rows, piece.stop - piece.start)
         return o
 
@@ -57,12 +57,11 @@ class DeviceStep:
         for row in rows:
             self._known[row] += steps
 
-    def _set(self, lengths: Sequence[int], heads: int, device: torch.device) -> None:
+    def _set(self, lengths: Sequence[int], device: torch.device) -> None:
         if self._known == list(lengths):
             return
         if len(self._lengths) != len(lengths):
             with torch.inference_mode(False):
                 self._lengths = torch.empty(len(lengths), dtype=torch.int32, device=device)
-                self._counters = torch.zeros(len(lengths) * heads, dtype=torch.int32, device=device)
         self._lengths.copy_(row_numbers(tuple(lengths), device))
         self._known = list(lengths)

@@ -1,11 +1,12 @@
-"""One step of decoding against a cache with ready summaries, in three launches whose shapes do not depend on the text.
+"""One step of decoding against a cache with ready summaries, in launches whose shapes do not depend on the text.
 
 How long each row is, is read on the device, so a CUDA graph of a step can be replayed. A column is one new token of
 one query head; C columns share a key head. All arithmetic is float32, scores and log-sum-exp are powers of two.
 
-1. `_choose` appends the new keys and values and estimates the mass of each past block; the program that is last of its
-   key head finds the `top_k` blocks of each column, and the largest mass that is left.
-2. `_attend` reads the chosen blocks and the own block exactly, the others by their mean values: one part each.
+1. `_score` appends the new keys and values and estimates the mass of each past block.
+2. `_attend` reads the `top_k` best blocks of each column and the own block exactly, the others by their mean values:
+   one part each. Each of its programs finds the best blocks for itself; where many columns keep the GPU busy,
+   `_select` has found them before.
 3. `_merge` joins the parts, adds the state, and moves each row on.
 """
 
@@ -17,16 +18,15 @@ import triton
 from torch import Tensor
 
 from bsbr.config import BSBRConfig
-from bsbr.ops.triton.decode_kernels import _attend, _choose, _merge
+from bsbr.ops.triton.decode_kernels import _attend, _merge, _score, _select
 from bsbr.ops.triton.summaries import padded
 
-_PIECE_BYTES, _MOST_KEYS, _STAGES = 1 << 14, 64, 5
-"""Largest piece of keys that is loaded at once, and stages of the loop over pieces: a block's number is loaded, then
-its keys, then they are used, so five stages are needed for two pieces on their way."""
+_PIECE_BYTES, _MOST_KEYS = 1 << 14, 64
+"""Largest piece of keys that is loaded at once."""
 
-_PIECES, _TILE, _FAR_PARTS = 8, 32, 16
-"""Pieces of chosen blocks that one program reads one after the other, summaries read at once, and the most parts the
-far field is cut into: the same for every number of rows, so that a row's bits do not depend on its neighbours."""
+_PIECES, _TILE, _FAR_PARTS = 2, 32, 16
+"""Pieces of keys that one program reads one after the other, summaries read at once, and the most parts the far field
+is cut into: the same for every number of rows, so that a row's bits do not depend on its neighbours."""
 
 _SPAN, _MANY_COLUMNS = 2, 128
 """Tiles of summaries that one program scores where this many columns keep the GPU busy; otherwise one."""
@@ -52,7 +52,7 @@ class Held(NamedTuple):
 
 
 def triton_decode(
-    q: Tensor, k: Tensor, v: Tensor, held: Held, rows: Tensor, lengths: Tensor, counters: Tensor, config: BSBRConfig,
+    q: Tensor, k: Tensor, v: Tensor, held: Held, rows: Tensor, lengths: Tensor, config: BSBRConfig,
     calibration: Tensor, scale: float,
 ) -> Tensor:  # fmt: skip
     """Add new tokens to a cache and attend from them; their row is then that much longer.
@@ -64,7 +64,6 @@ def triton_decode(
         held: the cache, which is written to.
         rows: which of its rows these are, [R] int64.
         lengths: tokens of each of its rows, [B] int32, moved on by S for the rows here.
-        counters: zeros, [R * H] int32 or more; they are zeros again afterwards.
         config: the settings.
         calibration: [HQ, 5] float32.
         scale: factor on q.k.
@@ -77,9 +76,11 @@ def triton_decode(
     zs, columns, room = num_rows * heads, steps * (num_heads // heads), held.meta.shape[2]
     past_k, past_v = (held.own_k, held.own_v) if held.past_k is None else (held.past_k, held.past_v)
     mean_v, states = (held.meta if x is None else x for x in (held.mean_v, held.states))
-    keys = min(_MOST_KEYS, config.unit, _PIECE_BYTES // (padded(width) * q.element_size()))
-    span = _SPAN if zs * columns >= _MANY_COLUMNS else 1
-    exact = triton.cdiv(config.top_k * config.unit // keys, _PIECES) + config.block_size // keys
+    keys = min(_MOST_KEYS, _PIECE_BYTES // (padded(width) * q.element_size()))
+    many = zs * columns >= _MANY_COLUMNS
+    span = _SPAN if many else 1
+    read = triton.cdiv(config.top_k * config.unit, keys * _PIECES)
+    exact = read + triton.cdiv(config.block_size, keys * _PIECES)
     far_parts = 0
     if config.far != "drop":
         far_parts = min(_FAR_PARTS, triton.cdiv(room, _TILE))
@@ -91,30 +92,35 @@ def triton_decode(
     mass = held.meta.new_empty(zs, columns, mass_lines * 32)
     chosen = rows.new_empty(zs, columns, max(1, config.top_k), dtype=torch.int32)
     bounds = rows.new_empty(zs, columns, 2, dtype=torch.int64)
-    read = held.meta.new_empty(zs, columns, width)
+    by_state = held.meta.new_empty(zs, columns, width)
     part_o = held.meta.new_empty(zs, columns, exact + far_parts, width)
     part_lse = held.meta.new_empty(part_o.shape[:3])
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
     shared = {
         "S": steps, "G": num_heads // heads, "D": width, "DP": padded(width), "EVERY": num_rows == len(lengths),
     }  # fmt: skip
-    blocks = {"B": config.block_size, "UNIT": config.unit, "TOP_K": config.top_k}
+    blocks = {"B": config.block_size, "UNIT": config.unit}
+    search = {"TOP_K": config.top_k, "KP": most, "CP": column_tile, "BN": _TILE, "TP": tiles}
     base = math.log2(math.e)
-    _choose[(zs, columns + triton.cdiv(room, _TILE * span))](
-        q, k, v, held.own_k, held.own_v, held.meta, states, calibration, rows, lengths, counters, mass,
-        peaks, chosen, bounds, read, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], heads, room, mass_lines,
-        scale * base, scale * scale / 2 * base, scale, BN=_TILE, SPAN=span, CP=column_tile,
-        KP=most, TP=tiles, MOMENTS=config.far == "moments",
+    _score[(zs, columns + triton.cdiv(room, _TILE * span))](
+        q, k, v, held.own_k, held.own_v, held.meta, states, calibration, rows, lengths, mass, peaks, by_state,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], heads, room, mass_lines, scale * base,
+        scale * scale / 2 * base, scale, BN=_TILE, TP=tiles, SPAN=span, MOMENTS=config.far == "moments",
         STATE=config.state != "none", **blocks, **shared, num_warps=4,
     )  # fmt: skip
+    if many:
+        _select[(zs,)](
+            mass, peaks, chosen, bounds, rows, lengths, heads, mass_lines, C=columns, EVERY=shared["EVERY"], **blocks,
+            **search, num_warps=4,
+        )  # fmt: skip
     _attend[(zs, columns * exact + far_parts)](
-        q, held.own_k, held.own_v, past_k, past_v, mean_v, mass, chosen, bounds, rows, lengths, part_o, part_lse,
-        *q.stride()[:3], heads, past_k.shape[2], room, mass_lines, scale * base, KEYS=keys, PIECES=_PIECES,
-        STAGES=_STAGES, FAR=far_parts, BN=_TILE, WARPS=4, **blocks, **shared, num_warps=4,
-        maxnreg=128 if q.element_size() == 2 and width <= 128 else None,  # three programs share a multiprocessor
+        q, held.own_k, held.own_v, past_k, past_v, mean_v, mass, peaks, chosen, bounds, rows, lengths, part_o, part_lse,
+        *q.stride()[:3], heads, past_k.shape[2], room, mass_lines, scale * base, KEYS=keys, PIECES=_PIECES, READ=read,
+        EXACT=exact, FAR=far_parts, HERE=not many, **blocks, **search, **shared, num_warps=4,
+        maxnreg=128 if width <= 128 else None,  # four programs share a multiprocessor
     )  # fmt: skip
     _merge[(zs * columns,)](
-        part_o, part_lse, read, calibration, rows, lengths, o, heads, EXACT=exact, FAR=far_parts,
+        part_o, part_lse, by_state, calibration, rows, lengths, o, heads, EXACT=exact, FAR=far_parts,
         PARTS=triton.next_power_of_2(exact + far_parts), STATE=config.state != "none", **shared, num_warps=4,
     )  # fmt: skip
     return o

@@ -15,12 +15,12 @@ def _whose(z, heads, rows, EVERY: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["heads", "room", "mass_lines"])
-def _choose(
-    q, k, v, own_k, own_v, meta, states, calibration, rows, lengths, counters, mass, peaks, chosen, bounds, read,
+def _score(
+    q, k, v, own_k, own_v, meta, states, calibration, rows, lengths, mass, peaks, read,
     qb, qt, qh, kb, kt, kh, vb, vt, vh, heads, room, mass_lines, mean_scale, var_scale, scale,
-    S: tl.constexpr, G: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, TOP_K: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr, BN: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, TP: tl.constexpr, SPAN: tl.constexpr,
-    MOMENTS: tl.constexpr, STATE: tl.constexpr, EVERY: tl.constexpr,
+    S: tl.constexpr, G: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BN: tl.constexpr, TP: tl.constexpr, SPAN: tl.constexpr, MOMENTS: tl.constexpr, STATE: tl.constexpr,
+    EVERY: tl.constexpr,
 ):  # fmt: skip
     z, task = tl.program_id(0), tl.program_id(1)
     row, at = _whose(z, heads, rows, EVERY)
@@ -31,7 +31,6 @@ def _choose(
     C: tl.constexpr = S * G
     WIDE: tl.constexpr = 2 * D if MOMENTS else D
     head_q = q + i * qb + head * G * qh
-    mass_room = mass_lines * 32
     if task < C:
         if task == 0:
             for s in tl.static_range(S):
@@ -53,7 +52,7 @@ def _choose(
                 acc += tl.sum(part_q[:, None] * state, 0)
             acc *= scale * tl.load(calibration + (head * G + task % G) * 5 + 4) / num
             tl.store(read + (z.to(tl.int64) * C + task) * D + d, acc, mask=inside)
-    elif (task - C) * (SPAN * BN) < num:
+    else:
         # all queries before the first store, which no load could pass
         by_mean, by_var, shift = (), (), ()
         for c in tl.static_range(C):
@@ -63,9 +62,10 @@ def _choose(
             by_var += (query * query * (var_scale * tl.load(scalars + 2)),)
             shift += (tl.load(scalars) * 1.4426950408889634 + tl.log2(UNIT * 1.0),)
         first = (task - C) * SPAN
-        for tile in tl.range(first, tl.minimum(first + SPAN, tl.cdiv(num, BN)), num_stages=2 if SPAN > 1 else 1):
+        # no tile waits for the length: there is room for what may not be needed
+        for tile in tl.range(first, tl.minimum(first + SPAN, tl.cdiv(room, BN)), num_stages=2 if SPAN > 1 else 1):
             n = tile * BN + tl.arange(0, BN)
-            held = (n < num)[:, None] & inside[None, :]
+            held = (n < room)[:, None] & inside[None, :]
             from_meta = meta + (at * room + n)[:, None] * WIDE + d[None, :]
             mean = tl.load(from_meta, mask=held, other=0.0)
             if MOMENTS:
@@ -75,130 +75,125 @@ def _choose(
                 if MOMENTS:
                     terms += var * by_var[c][None, :]
                 score = tl.sum(terms, 1) + shift[c]
-                tl.store(mass + (z.to(tl.int64) * C + c) * mass_room + n, score, mask=n < num)
+                tl.store(mass + (z.to(tl.int64) * C + c) * (mass_lines * 32) + n, score, mask=n < num)
                 peak = tl.max(tl.where(n < num, score, float("-inf")), 0)
                 tl.store(peaks + (z.to(tl.int64) * C + c) * TP + tile, peak)
-        # the program that is last of its key head has all masses before it: nobody else has read these lines
-        tl.debug_barrier()
-        if tl.atomic_add(counters + z, 1) == tl.cdiv(num, SPAN * BN) - 1:
-            tl.store(counters + z, 0)
-            select(mass, peaks, chosen, bounds, z, num, mass_room, TOP_K, KP, C, CP, BN, TP)
 
 
-@triton.jit
-def _read_exactly(k, v, query, count, KEYS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    """Attention of one query to the first `count` of KEYS keys."""
-    n, d = tl.arange(0, KEYS), tl.arange(0, DP)
-    held = (n < count)[:, None] & (d < D)[None, :]
-    keys = tl.load(k + n[:, None] * D + d[None, :], mask=held, other=0.0)
-    values = tl.load(v + n[:, None] * D + d[None, :], mask=held, other=0.0)
-    scores = tl.where(n < count, tl.sum(keys.to(tl.float32) * query[None, :], 1), float("-inf"))
-    top = tl.maximum(tl.max(scores, 0), -1e38)
-    weights = tl.exp2(scores - top)
-    total = tl.sum(weights, 0)
-    o = tl.sum(weights[:, None] * values.to(tl.float32), 0) / tl.maximum(total, 1e-30)
-    return o, top + tl.log2(total)
-
-
-@triton.jit
-def _read_chosen(
-    k, v, chosen, query, begin, end, score_scale, UNIT: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr,
+@triton.jit(do_not_specialize=["heads", "mass_lines"])
+def _select(
+    mass, peaks, chosen, bounds, rows, lengths, heads, mass_lines, B: tl.constexpr, UNIT: tl.constexpr,
+    TOP_K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, BN: tl.constexpr, TP: tl.constexpr,
+    EVERY: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one query to pieces of its chosen blocks. Tensor cores want 16 queries, so it is there 16 times; the
-    products are what makes the compiler load pieces ahead of their use."""
-    n, d = tl.arange(0, KEYS), tl.arange(0, DP)
-    tile_q = tl.zeros([16, DP], query.dtype) + query[None, :]
-    top = tl.full([16], -1e38, tl.float32)
-    total = tl.zeros([16], tl.float32)
-    acc = tl.zeros([16, DP], tl.float32)
-    for piece in tl.range(begin, end, num_stages=STAGES):
-        first = tl.load(chosen + piece // (UNIT // KEYS)) * UNIT + piece % (UNIT // KEYS) * KEYS
-        offset = (first + n).to(tl.int64)[:, None] * D + d[None, :]
-        keys = tl.load(k + offset, mask=(d < D)[None, :], other=0.0)
-        values = tl.load(v + offset, mask=(d < D)[None, :], other=0.0)
-        scores = tl.dot(tile_q, tl.trans(keys), input_precision="ieee") * score_scale
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
-        top = new_top
-    return tl.max(acc / total[:, None], 0), tl.max(top + tl.log2(total), 0)
+    z = tl.program_id(0)
+    row, _ = _whose(z, heads, rows, EVERY)
+    num = tl.load(lengths + row) // B * (B // UNIT)
+    c, rank = tl.arange(0, CP)[:, None], tl.arange(0, max(32, KP))[None, :]
+    column, real = z.to(tl.int64) * C + tl.minimum(c, C - 1), c < C
+    picked, last, rest = select(mass, peaks, column, num, mass_lines * 32, TOP_K, KP, CP, BN, TP)
+    tl.store(chosen + column * TOP_K + rank, picked, mask=real & (rank < TOP_K))
+    tl.store(bounds + column * 2, last, mask=real)
+    tl.store(bounds + column * 2 + 1, rest, mask=real)
+
+
+@triton.jit
+def _read_rows(k, v, offset, held, query, top, total, acc, D: tl.constexpr, DP: tl.constexpr):
+    """Take some keys and values, where they are `held`, into the softmax of one query."""
+    d = tl.arange(0, DP)
+    inside = held[:, None] & (d < D)[None, :]
+    keys = tl.load(k + offset[:, None] + d[None, :], mask=inside, other=0.0)
+    values = tl.load(v + offset[:, None] + d[None, :], mask=inside, other=0.0)
+    scores = tl.where(held, tl.sum(keys.to(tl.float32) * query[None, :], 1), float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 0))
+    weights = tl.exp2(scores - new_top)
+    shrink = tl.exp2(top - new_top)
+    total = total * shrink + tl.sum(weights, 0)
+    acc = acc * shrink + tl.sum(weights[:, None] * values.to(tl.float32), 0)
+    return new_top, total, acc
 
 
 @triton.jit(do_not_specialize=["heads", "past_room", "room", "mass_lines"])
 def _attend(
-    q, own_k, own_v, past_k, past_v, mean_v, mass, chosen, bounds, rows, lengths, part_o, part_lse,
+    q, own_k, own_v, past_k, past_v, mean_v, mass, peaks, chosen, bounds, rows, lengths, part_o, part_lse,
     qb, qt, qh, heads, past_room, room, mass_lines, score_scale,
     S: tl.constexpr, G: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, KEYS: tl.constexpr, PIECES: tl.constexpr,
-    STAGES: tl.constexpr, TOP_K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FAR: tl.constexpr, BN: tl.constexpr,
-    WARPS: tl.constexpr, EVERY: tl.constexpr,
+    TOP_K: tl.constexpr, KP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, READ: tl.constexpr, EXACT: tl.constexpr,
+    FAR: tl.constexpr, BN: tl.constexpr, CP: tl.constexpr, TP: tl.constexpr, HERE: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
     z, task = tl.program_id(0), tl.program_id(1)
-    LAST: tl.constexpr = TOP_K * (UNIT // KEYS)
-    READ: tl.constexpr = (LAST + PIECES - 1) // PIECES
-    EXACT: tl.constexpr = READ + B // KEYS
     C: tl.constexpr = S * G
     row, at = _whose(z, heads, rows, EVERY)
     place = tl.load(lengths + row)
     block, d = place // B, tl.arange(0, DP)
-    inside = d < D
+    num, inside = block * (B // UNIT), d < D
     first_column = z.to(tl.int64) * C
     mass_room = mass_lines * 32
     if task < C * EXACT:
         c, j = task // EXACT, task % EXACT
         own_q = q + (z // heads).to(tl.int64) * qb + c // G * qt + (z % heads * G + c % G) * qh
-        query = tl.load(own_q + d, mask=inside, other=0.0)
-        to = (first_column + c) * (EXACT + FAR) + j
+        query = tl.load(own_q + d, mask=inside, other=0.0).to(tl.float32) * score_scale
+        n = tl.arange(0, KEYS)
+        top, total, acc = -1e38, 0.0, tl.zeros([DP], tl.float32)
         if j < READ:
-            where = at * past_room * D
-            o, lse = _read_chosen(
-                past_k + where, past_v + where, chosen + (first_column + c) * TOP_K, query, j * PIECES,
-                min(j * PIECES + PIECES, LAST), score_scale, UNIT, KEYS, STAGES, D, DP,
-            )  # fmt: skip
-            tl.store(part_o + to * D + d, o, mask=inside)
-            tl.store(part_lse + to, lse)
+            column, rank = tl.full([1, 1], 0, tl.int64) + (first_column + c), tl.arange(0, max(32, KP))[None, :]
+            if HERE:
+                picked, _, _ = select(mass, peaks, column, num, mass_room, TOP_K, KP, 1, BN, TP)
+            else:
+                picked = tl.load(chosen + column * TOP_K + rank, mask=rank < TOP_K, other=0)
+            for piece in range(j * PIECES, tl.minimum(j * PIECES + PIECES, (TOP_K * UNIT + KEYS - 1) // KEYS)):
+                if UNIT >= KEYS:
+                    read = tl.sum(tl.where(rank == piece * KEYS // UNIT, picked, 0))
+                else:
+                    which = (piece * KEYS + n)[:, None] // UNIT == rank
+                    read = tl.sum(tl.where(which, picked, 0), 1)
+                there = piece * KEYS + n
+                offset = (at * past_room + read * UNIT + there % UNIT) * D
+                top, total, acc = _read_rows(
+                    past_k, past_v, offset, there < TOP_K * UNIT, query, top, total, acc, D, DP
+                )
         else:
-            first = (j - READ) * KEYS
-            where = (at * (2 * B) + block % 2 * B + first) * D
-            seen = place % B + c // G + 1 - first
-            o, lse = _read_exactly(own_k + where, own_v + where, query.to(tl.float32) * score_scale, seen, KEYS, D, DP)
-            tl.store(part_o + to * D + d, o, mask=inside)
-            tl.store(part_lse + to, lse)
+            begin = (j - READ) * PIECES * KEYS
+            seen = place % B + c // G + 1
+            for first in range(begin, tl.minimum(begin + PIECES * KEYS, seen), KEYS):
+                offset = (at * (2 * B) + block % 2 * B + first + n) * D
+                top, total, acc = _read_rows(own_k, own_v, offset, first + n < seen, query, top, total, acc, D, DP)
+        to = (first_column + c) * (EXACT + FAR) + j
+        tl.store(part_o + to * D + d, acc / tl.maximum(total, 1e-30), mask=inside)
+        tl.store(part_lse + to, tl.where(total > 0, top + tl.log2(total), float("-inf")))
     elif FAR > 0:
-        num = block * (B // UNIT)
         share = tl.cdiv(tl.cdiv(num, BN), FAR) * BN
-        begin = (task - C * EXACT) * share
-        stop = tl.minimum(begin + share, num)
-        below, top, total, acc = (), (), (), ()
-        for c in tl.static_range(C):
-            below += (tl.load(bounds + (first_column + c) * 2),)
-            # the largest mass that is left is known, so weights need no other scale
-            top += (score_of(tl.load(bounds + (first_column + c) * 2 + 1)),)
-            total += (tl.zeros([BN], tl.float32),)
-            acc += (tl.zeros([WARPS, DP], tl.float32),)
-        for start in range(begin, stop, BN):
-            n = start + tl.arange(0, BN)
-            from_mean = mean_v + (at * room + n)[:, None] * D + d[None, :]
-            values = tl.load(from_mean, mask=(n < stop)[:, None] & inside[None, :], other=0.0)
-            scores = ()
-            for c in tl.static_range(C):
-                scores += (tl.load(mass + (first_column + c) * mass_room + n, mask=n < stop, other=0.0),)
-            new_total, new_acc = (), ()
-            for c in tl.static_range(C):
-                left = (n < stop) & (ordered(bits_of(scores[c]), n) < below[c])
-                weights = tl.where(left, tl.exp2(scores[c] - top[c]), 0.0)
-                new_total += (total[c] + weights,)
-                # each warp has every WARPS-th row of a tile: it adds up its own, and waits for no other until the end
-                parts = tl.reshape(weights[:, None] * values, [BN // WARPS, WARPS, DP])
-                new_acc += (acc[c] + tl.sum(parts, 0),)
-            total, acc = new_total, new_acc
-        for c in tl.static_range(C):
-            to = (first_column + c) * (EXACT + FAR) + EXACT + task - C * EXACT
-            whole = tl.sum(total[c], 0)
-            tl.store(part_lse + to, tl.where(whole > 0, top[c] + tl.log2(whole), float("-inf")))
-            tl.store(part_o + to * D + d, tl.sum(acc[c], 0) / tl.maximum(whole, 1e-30), mask=inside)
+        first_n = (task - C * EXACT) * share
+        stop = tl.minimum(first_n + share, num)
+        columns, lane = tl.arange(0, CP)[:, None], tl.arange(0, BN)
+        own_column = first_column + tl.minimum(columns, C - 1)
+        if HERE:
+            _, below, rest = select(mass, peaks, own_column, num, mass_room, TOP_K, KP, CP, BN, TP)
+        else:
+            below, rest = tl.load(bounds + own_column * 2), tl.load(bounds + own_column * 2 + 1)
+        most = score_of(rest)  # the largest mass that is left is known, so weights need no other scale
+        M: tl.constexpr = max(16, CP)  # tensor cores want 16 columns, so each is there several times
+        weight = tl.zeros([CP, BN], tl.float32)
+        sums = tl.zeros([M, DP], tl.float32)
+        for start in range(first_n, stop, BN):
+            at_n = start + lane
+            from_mean = mean_v + (at * room + at_n)[:, None] * D + d[None, :]
+            means = tl.load(from_mean, mask=(at_n < stop)[:, None] & inside[None, :], other=0.0)
+            score = tl.load(mass + own_column * mass_room + at_n[None, :], mask=(at_n < stop)[None, :], other=0.0)
+            left = (at_n < stop)[None, :] & (ordered(bits_of(score), at_n[None, :]) < below)
+            own = tl.where(left, tl.exp2(score - most), 0.0)
+            weight += own
+            tile = tl.reshape(tl.broadcast_to(own[:, None, :], [CP, M // CP, BN]), [M, BN])
+            sums = tl.dot(tile, means, sums, input_precision="tf32x3")
+        whole = tl.sum(weight, 1, keep_dims=True)
+        part = EXACT + task - C * EXACT
+        far_lse = tl.where(whole > 0, most + tl.log2(whole), float("-inf"))
+        tl.store(part_lse + own_column * (EXACT + FAR) + part, far_lse, mask=columns < C)
+        whole = tl.reshape(tl.broadcast_to(whole[:, None, :], [CP, M // CP, 1]), [M, 1])
+        m = tl.arange(0, M)[:, None]
+        kept = (m % (M // CP) == 0) & (m // (M // CP) < C) & inside[None, :]
+        to_part = (first_column + m // (M // CP)) * (EXACT + FAR) + part
+        tl.store(part_o + to_part * D + d[None, :], sums / tl.maximum(whole, 1e-30), mask=kept)
 
 
 @triton.jit(do_not_specialize=["heads"])

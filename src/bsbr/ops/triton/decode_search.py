@@ -35,15 +35,15 @@ def score_of(key):
 
 @triton.jit
 def _best(bits, places, COUNT: tl.constexpr, CP: tl.constexpr, WIDE: tl.constexpr):
-    """Where the COUNT largest of some numbers [CP, WIDE] are, best first, of equal ones the lower place first.
+    """Where the COUNT largest of some numbers [CP, 32] are, best first, of equal ones the lower place first.
 
     Returns places [CP, WIDE], and the last of them and the next best as `ordered` numbers, [CP, 1].
     """
-    lane = tl.arange(0, WIDE)[None, :]
-    picked = tl.zeros([CP, WIDE], tl.int32)
+    rank = tl.arange(0, WIDE)[None, :]
+    picked = tl.full([CP, WIDE], _NOWHERE, tl.int32)
     last = tl.full([CP, 1], _ALWAYS, tl.int64)
     rest = last
-    for j in tl.static_range(COUNT + 1):
+    for j in range(COUNT + 1):  # not written out: a GPU that has not run it lately has to load it first
         best = bits[0]
         for r in tl.static_range(1, len(bits)):
             best = tl.maximum(best, bits[r])
@@ -57,47 +57,39 @@ def _best(bits, places, COUNT: tl.constexpr, CP: tl.constexpr, WIDE: tl.constexp
             left += (tl.where(places[r] == place, _LEAST, bits[r]),)
         bits = left
         last, rest = rest, ordered(best, place)
-        if j < COUNT:
-            picked = tl.where(lane == j, tl.where(best == _LEAST, _NOWHERE, place), picked)
+        picked = tl.where((rank == j) & (j < COUNT) & (best != _LEAST), place, picked)
     return picked, last, rest
 
 
 @triton.jit
 def select(
-    mass, peaks, chosen, bounds, z, num, room, TOP_K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
-    BN: tl.constexpr, TP: tl.constexpr,
+    mass, peaks, column, num, room, TOP_K: tl.constexpr, KP: tl.constexpr, CP: tl.constexpr, BN: tl.constexpr,
+    TP: tl.constexpr,
 ):  # fmt: skip
-    """The best blocks of the columns of a key head, and the bounds of what is left to the far field.
+    """The best blocks of some columns [CP, 1], and the bounds of what is left to the far field.
 
-    The best TOP_K blocks lie in the TOP_K tiles of BN blocks whose largest mass is largest.
+    The best TOP_K blocks lie in the TOP_K tiles of BN blocks, here 32, whose largest mass is largest.
+
+    Returns their numbers, best first, [CP, KP or 32], and the last of them and the next best as `ordered` numbers.
     """
-    # numbers of a column come in a few rows, as many as a warp has threads: it finds their best without other warps,
+    # numbers of a column come in rows of 32, as many as a warp has threads: it finds their best without other warps,
     # and for 32-bit integers by one instruction
-    c = tl.arange(0, CP)[:, None]
-    column, real = z.to(tl.int64) * C + tl.minimum(c, C - 1), c < C
     WIDE: tl.constexpr = max(32, KP)
-    lane, bits, places = tl.arange(0, WIDE)[None, :], (), ()
-    for r in tl.static_range(TP // WIDE):
-        t = r * WIDE + lane
-        own = bits_of(tl.load(peaks + column * TP + t, mask=t < tl.cdiv(num, BN), other=0.0))
-        bits += (tl.where(t < tl.cdiv(num, BN), own, _LEAST),)
-        places += (t,)
+    lane, rank, bits, places = tl.arange(0, BN)[None, :], tl.arange(0, WIDE)[None, :], (), ()
+    for r in tl.static_range(TP // BN):
+        tile = r * BN + lane
+        there = tile < tl.cdiv(num, BN)
+        own = bits_of(tl.load(peaks + column * TP + tile, mask=there, other=0.0))
+        bits += (tl.where(there, own, _LEAST),)
+        places += (tl.zeros([CP, BN], tl.int32) + tile,)
     picked, last, rest = _best(bits, places, TOP_K, CP, WIDE)
     if TOP_K > 0:
-        tl.store(chosen + column * TOP_K + lane, picked, mask=real & (lane < TOP_K))
-        tl.debug_barrier()
-        ROW: tl.constexpr = 32 if KP <= 8 else KP * BN  # many rows take the compiler minutes
-        lane, bits, places = tl.arange(0, ROW)[None, :], (), ()
-        for r in tl.static_range((TOP_K * BN + ROW - 1) // ROW):
-            i = r * ROW + lane
-            tile = tl.load(chosen + column * TOP_K + i // BN, mask=i < TOP_K * BN, other=_NOWHERE)
-            n = tile * BN + i % BN
+        bits, places = (), ()
+        for r in tl.static_range(TOP_K):
+            n = tl.sum(tl.where(rank == r, picked, 0), 1, keep_dims=True) * BN + lane
             own = bits_of(tl.load(mass + column * room + n, mask=n < num, other=0.0))
             bits += (tl.where(n < num, own, _LEAST),)
             places += (n,)
-        tl.debug_barrier()
-        picked, last, others = _best(bits, places, TOP_K, CP, ROW)
-        tl.store(chosen + column * TOP_K + lane, picked, mask=real & (lane < TOP_K))
+        picked, last, others = _best(bits, places, TOP_K, CP, WIDE)
         rest = tl.maximum(rest, others)
-    tl.store(bounds + column * 2, last, mask=real)
-    tl.store(bounds + column * 2 + 1, rest, mask=real)
+    return picked, last, rest

@@ -35,11 +35,11 @@ def _merge(
     held, inside = row < num_rows, (d < D)[None, :]
     part = (tl.program_id(1).to(tl.int64) * num_rows + row) * PARTS
     top = tl.full([ROWS], -1e38, tl.float32)
-    for j in tl.static_range(PARTS):
+    for j in range(PARTS):
         top = tl.maximum(top, tl.load(part_lse + part + j, mask=held, other=0.0))
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DP], tl.float32)
-    for j in tl.static_range(PARTS):
+    for j in range(PARTS):
         weight = tl.exp2(tl.load(part_lse + part + j, mask=held, other=0.0) - top)
         there = held & (weight != 0) if GAPS else held
         value = tl.load(part_o + (part + j)[:, None] * D + d[None, :], mask=there[:, None] & inside, other=0.0)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from bsbr.ops.triton.problem import Problem
 from bsbr.ops.triton.scores import Scores, Tiles, score_at, score_factors, tile_of, write_scores
-from bsbr.ops.triton.search import choose_blocks, strike_out
+from bsbr.ops.triton.search import MOST_WRITTEN_OUT, choose_blocks, strike_out
+from bsbr.ops.triton.search_many import choose_many_blocks
 from bsbr.ops.triton.short_scores import STEPS, above
 from bsbr.ops.triton.summaries import FarField, padded
 
@@ -34,7 +35,7 @@ def attend_past(
     As many tiles of queries at a time as there is room for their scores:
 
     1. the scores of all their past blocks (`write_scores`);
-    2. the choice, which strikes what it chooses out of the scores (`choose_blocks`);
+    2. the choice, which strikes what it chooses out of the scores (`choose_blocks`, `choose_many_blocks`);
     3. the softmax over the scores that are left, one product that reads the states, and the keys of the own block.
 
     Args:
@@ -71,7 +72,8 @@ def attend_past(
         if room:
             write_scores(problem, here, tensors[0], field, calibration, scores)
         if choose:
-            choose_blocks(problem, here, scores, tops, chosen, counts)
+            search = choose_blocks if config.top_k <= MOST_WRITTEN_OUT else choose_many_blocks
+            search(problem, here, scores, tops, chosen, counts)
         elif far and config.top_k:
             strike_out(problem, here, scores.each, chosen)
         _attend_past[(here.count,)](

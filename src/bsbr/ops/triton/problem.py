@@ -20,9 +20,11 @@ _BLOCK_BYTES = 1 << 16
 _MOST_COLUMNS = 32
 """New tokens of the query heads of a key head that one program of a decoding step holds."""
 
-_MOST_BLOCKS = 32
-"""Most blocks that a query reads: the search is written out for each, and takes the compiler 3 s for 16, 11 s for 32
-and 75 s for 48, once for every number."""
+_MOST_BLOCKS, _MOST_DECODED = 128, 32
+"""Most blocks that a query reads: the backward pass, and a decoding step, are written out for each."""
+
+_MOST_PART_BYTES = 1 << 33
+"""Partial outputs of one key head, which are held at once."""
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
 """Looked up once: `torch.compile` traces calls, and cannot trace this one."""
@@ -131,6 +133,7 @@ def why_not_triton(
     """
     most = config.top_k if config.top_k_per_head is None else config.max_top_k
     block_bytes = config.unit * (1 << (q.shape[3] - 1).bit_length()) * q.element_size()
+    part_bytes = q.shape[1] * (q.shape[2] // max(1, k.shape[2])) * (most + 1) * q.shape[3] * q.element_size()
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # triton's own switch for debugging without a GPU
     obstacles = {
         f"tensors on {q.device.type}": not (q.is_cuda or interpreted),
@@ -145,6 +148,7 @@ def why_not_triton(
         f"retrieval_block_size {config.unit}": config.unit not in (16, 32, 64, 128, 256),
         f"blocks of {config.unit} keys of width {q.shape[3]} in {q.dtype}": block_bytes > _BLOCK_BYTES,
         f"top_k {most}": most > _MOST_BLOCKS,
+        f"{q.shape[1]} queries that read {most} blocks each": part_bytes > _MOST_PART_BYTES,
         "dropout": dropout_p > 0,
         "late queries that read their whole past": 0 < q_start < dense_until(config),
     }
@@ -172,4 +176,6 @@ def why_not_decode(q: Tensor, k: Tensor, v: Tensor, config: BSBRConfig) -> str |
         return "nothing but the own block"
     if config.selection == "recent":
         return 'selection="recent"'
+    if config.max_top_k > _MOST_DECODED:
+        return f"top_k {config.max_top_k}"
     return why_not_triton(q, k, v, config)

@@ -26,6 +26,10 @@ _NOWHERE = tl.constexpr(1 << 24)
 _ROWS = 4
 """Queries that one warp searches for: no other waits for it, and its registers leave room for 28 warps."""
 
+MOST_WRITTEN_OUT = 32
+"""Blocks that the search writes out one after the other at most: it takes the compiler 3 s for 16, 11 s for 32 and 75 s
+for 48, once for every number."""
+
 _MANY_GROUPS = 128
 """Groups beyond which the best are found by way of the tiles of blocks."""
 
@@ -49,7 +53,7 @@ def choose_blocks(
     space = torch.empty(programs, rows, most * GROUP_BLOCKS, dtype=torch.int32, device=chosen.device)
     first_level = tiles.room // tiles.blocks if by_tiles else groups
     _choose[(programs,)](
-        *scores, space, tops, chosen, counts, *_sizes(problem, tiles, chosen), tiles.room, G=problem.group,
+        *scores, space, tops, chosen, counts, *sizes(problem, tiles, chosen), tiles.room, G=problem.group,
         B=problem.config.block_size, UNIT=problem.config.unit, TOP_K=problem.config.top_k, KP=most, GROUP=GROUP_BLOCKS,
         TILE=tiles.blocks, COLUMNS=min(64, max(16, triton.next_power_of_2(first_level))),
         BY_TILES=by_tiles, BM=tiles.rows, ROWS=rows, num_warps=1, num_stages=1,
@@ -65,12 +69,13 @@ def strike_out(problem: Problem, tiles: Tiles, scores: Tensor, chosen: Tensor) -
         chosen: the blocks, [B, S, HQ, top_k] int32; negative ones are none.
     """
     _strike[(tiles.count,)](
-        scores, chosen, *_sizes(problem, tiles, chosen), tiles.room, G=problem.group, TOP_K=problem.config.top_k,
+        scores, chosen, *sizes(problem, tiles, chosen), tiles.room, G=problem.group, TOP_K=problem.config.top_k,
         KP=triton.next_power_of_2(problem.config.top_k), BM=tiles.rows,
     )  # fmt: skip
 
 
-def _sizes(problem: Problem, tiles: Tiles, chosen: Tensor) -> tuple[int, ...]:
+def sizes(problem: Problem, tiles: Tiles, chosen: Tensor) -> tuple[int, ...]:
+    """What `whose` takes of a launch."""
     heads = chosen.shape[2] // problem.group
     here = len(tiles.heads) * problem.group, tiles.heads.start, tiles.first, tiles.per_head
     return heads, *here, problem.sparse_start, problem.num_sparse
@@ -249,7 +254,7 @@ def best_blocks(
 
 
 @triton.jit
-def _whose(
+def whose(
     place, work, first_head, heads, heads_all, num_tiles, sparse_start, num_sparse, G: tl.constexpr,
     TOP_K: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
@@ -272,7 +277,7 @@ def _choose(
 ):  # fmt: skip
     own = tl.program_id(0) // (BM // ROWS)
     place = tl.program_id(0) % (BM // ROWS) * ROWS + tl.arange(0, ROWS)
-    first, head, to, real = _whose(
+    first, head, to, real = whose(
         place, own + first_work, first_head, heads, heads_all, num_tiles, sparse_start, num_sparse, G, TOP_K, BM
     )  # fmt: skip
     stop, count = first // B * (B // UNIT), None
@@ -306,7 +311,7 @@ def _strike(
     G: tl.constexpr, TOP_K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     place = tl.arange(0, BM)
-    _, _, at, real = _whose(
+    _, _, at, real = whose(
         place, tl.program_id(0) + first_work, first_head, heads, heads_all, num_tiles, sparse_start, num_sparse, G,
         TOP_K, BM,
     )  # fmt: skip
