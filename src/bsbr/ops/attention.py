@@ -11,7 +11,7 @@ from bsbr.ops.native.forward import why_not_native
 from bsbr.ops.reference import reference_attention
 from bsbr.ops.routing import recent_blocks
 from bsbr.ops.schedule import dense_until
-from bsbr.ops.shares import Share, join_shares, shares_by_power, shares_of, take_share
+from bsbr.ops.shares import Share, join_shares, shares_of, shares_of_kernels, take_share
 from bsbr.ops.sinks import add_sinks
 from bsbr.ops.summaries import uncalibrated
 from bsbr.ops.tiles import Dropout
@@ -131,11 +131,13 @@ def bsbr_attention(
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, calibration, sinks))
     # native code counts head by head where nothing has to be kept, so that its threads can share all heads
     counts = name == "native" and block_indices is None and not learns and config.selection != "recent"
-    # kernels take heads whose numbers have the same next power of two together
+    # kernels take heads of several numbers together
     together = name == "triton" and block_indices is None and config.selection != "recent"
     differ = config.top_k_per_head is not None and name != "reference" and not counts
-    shares = (shares_by_power if together else shares_of)(config) if differ else []
-    if shares and not (together and shares[0].config == config):  # those of one power are this call
+    shares: list[Share] = []
+    if differ:
+        shares = shares_of_kernels(config, q.shape[1]) if together else shares_of(config)
+    if shares and not (together and shares[0].config == config):  # those taken together are this call
         parts = [
             bsbr_attention(
                 take_share(q, share.heads, k.shape[2]), take_share(k, share.heads, k.shape[2]),

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from bsbr.config import BSBRConfig
 
+_ONE_CALL = 1 << 15
+"""Tokens up to which a call of kernels takes all heads, whatever they read."""
+
 
 class Share(NamedTuple):
     """Key heads that are one call, or one cache."""
@@ -42,23 +45,31 @@ def shares_of(config: BSBRConfig) -> list[Share]:
     ]
 
 
-def shares_by_power(config: BSBRConfig) -> list[Share]:
-    """Return the key heads whose numbers of blocks have the same next power of two, which is their `top_k`.
+def shares_of_kernels(config: BSBRConfig, tokens: int) -> list[Share]:
+    """Return the key heads that kernels take together: those whose numbers of blocks have the same next power of two.
 
-    A kernel is written out for its `top_k` and compiled once for each. So few are compiled, and few are launched.
+    That power is their `top_k`: a kernel is written out for it and compiled once for each. Of a short text, which costs
+    less to work on than to launch, all heads are taken together.
 
     Args:
         config: the settings, with a `top_k_per_head`.
+        tokens: queries of the text.
     Returns:
         The shares, fewest blocks first; together they have every key head once. Their settings keep the numbers.
 
     Example:
-        >>> [(share.heads, share.config.top_k) for share in shares_by_power(BSBRConfig(top_k_per_head=(4, 0, 3)))]
+        >>> config = BSBRConfig(top_k_per_head=(4, 0, 3))
+        >>> [(share.heads, share.config.top_k) for share in shares_of_kernels(config, 1 << 20)]
         [((1,), 0), ((0, 2), 4)]
+        >>> [(share.heads, share.config.top_k) for share in shares_of_kernels(config, 4096)]
+        [((0, 1, 2), 4)]
     """
     counts = config.top_k_per_head or ()
+    powers = [1 << (count - 1).bit_length() if count else 0 for count in counts]
+    if tokens <= _ONE_CALL:
+        powers = [max(powers)] * len(powers)
     shares = []
-    for power, heads in _heads_by([1 << (count - 1).bit_length() if count else 0 for count in counts]).items():
+    for power, heads in _heads_by(powers).items():
         own_counts = tuple(counts[head] for head in heads)
         same = all(count == power for count in own_counts)
         shares.append(Share(heads, replace(config, top_k=power, top_k_per_head=None if same else own_counts)))
