@@ -56,7 +56,9 @@ def _best(bits, places, COUNT: tl.constexpr, CP: tl.constexpr, WIDE: tl.constexp
         for r in tl.static_range(len(bits)):
             left += (tl.where(places[r] == place, _LEAST, bits[r]),)
         bits = left
-        last, rest = rest, ordered(best, place)
+        # not by way of the other: the compiler takes what begins as the same value for what a loop leaves as it is
+        rest = ordered(best, place)
+        last = tl.where(j < COUNT, rest, last)
         picked = tl.where((rank == j) & (j < COUNT) & (best != _LEAST), place, picked)
     return picked, last, rest
 
