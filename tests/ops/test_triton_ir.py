@@ -1,0 +1,71 @@
+"""Kernels as they are compiled, computed by NumPy: what the interpreter, which runs their Python, cannot show."""
+
+import pytest
+import torch
+
+from tests.ops import test_triton as forward
+from tests.ops import test_triton_decode as decoding
+from tests.ops import test_triton_past as past
+from tests.ops.choices import choices, masses, wrong_choices
+from tests.ops.test_triton import GPU, INTERPRETED
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(GPU or INTERPRETED, reason="kernels run here as they are")
+
+
+@pytest.fixture(autouse=True)
+def compiled(monkeypatch):
+    from triton.runtime.jit import JITFunction
+
+    import bsbr.ops.triton.decode
+    import bsbr.ops.triton.operator  # noqa: F401 - kernels are what they are when imported
+    from tests.ops.triton_ir import launch
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # so that a CPU is no obstacle
+    monkeypatch.setattr(JITFunction, "run", launch)
+
+
+@pytest.mark.parametrize("name", decoding.CASES)
+def test_decoding(name):
+    decoding.check(name, torch.float32, 2)
+
+
+@pytest.mark.parametrize("name", ["units, rows, two tokens", "odd block, means"])
+def test_decoding_in_16_bits(name):
+    decoding.check(name, torch.float16, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", forward.CASES)
+def test_outputs(name, dtype):
+    forward.check_values(forward.draw(name), dtype)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.float16, 3e-3)], ids=str)
+@pytest.mark.parametrize("name", forward.CASES)
+def test_gradients(name, dtype, tolerance):
+    forward.check_gradients(forward.draw(name), dtype, tolerance)
+
+
+@pytest.mark.parametrize("name", forward.BY_HEAD)
+def test_heads_that_read_different_numbers_of_blocks(name, monkeypatch):
+    forward.test_heads_that_read_different_numbers_of_blocks(name, True, monkeypatch)
+
+
+@pytest.mark.parametrize("counts", [None, (40, 33)], ids=str)
+def test_many_blocks(counts):
+    past.test_more_blocks_than_the_search_writes_out(counts)
+
+
+@pytest.mark.parametrize("by_tiles", [False, True], ids=["by groups", "by tiles"])
+def test_choices_in_16_bits(by_tiles, monkeypatch):
+    """Scores and search of 16-bit input, which the interpreter cannot compute."""
+    from bsbr.ops.triton import search
+
+    if by_tiles:
+        monkeypatch.setattr(search, "_MANY_GROUPS", 0)
+    q, k, v = (x.half() for x in past.late())
+    start = k.shape[1] - q.shape[1]
+    found = choices("triton", q, k, v, past.FAR, past.UNCALIBRATED, start)
+    mass, size = masses(q, k, past.FAR, past.UNCALIBRATED, start)
+    assert wrong_choices(found, mass, size, past.FAR.top_k, 2.0**-11)[0] == 0
