@@ -56,8 +56,8 @@ MENDED = (
     "Linear attention's sums could be taken in bfloat16 under autocast; the test allowed for 5 %.",
     "Gradients could go unclipped: their norms are now looked at in each step.",
     "A trainer that does not stop at a loss that is no number was noticed only because its test never ended.",
-    "A loop of the decoding kernels lost a value when compiled, and passed under the interpreter: what the compiler makes "
-    "of kernels is computed too now.",
+    "A loop of the decoding kernels lost a value when compiled, and passed under the interpreter: what the compiler "
+    "makes of kernels is computed too now.",
     "The bytes of a window could be counted wrongly, and nothing noticed, as nothing used them: the function is gone.",
 )
 _FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
