@@ -276,12 +276,32 @@ def test_what_it_cannot_compute_is_named():
         resolve_backend("triton", q, v, v, BSBRConfig(state="token"))
 
 
-def test_more_blocks_than_the_compiler_takes_in_seconds_are_left_to_other_backends(monkeypatch):
+def test_more_blocks_than_kernels_are_written_out_for_are_left_to_other_backends(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     x = torch.zeros(1, 9, 2, 64)
     assert why_not_triton(x, x, x, BSBRConfig(top_k=128)) is None
     assert why_not_triton(x, x, x, BSBRConfig(top_k=129)) == "top_k 129"
+    million = torch.zeros(1, 1 << 20, 8, 128, device="meta", dtype=torch.bfloat16)
+    assert why_not_triton(million, million, million, BSBRConfig(top_k=8)) is None
+    assert "so many queries" in str(why_not_triton(million, million, million, BSBRConfig(top_k=64)))
+
+
+def test_texts_of_other_lengths_are_not_compiled_anew(monkeypatch):
+    from torch._dynamo.testing import CompileCounter
+
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    counter = CompileCounter()
+    config = BSBRConfig(block_size=16, top_k=40, dense_below=0)
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def ask(q):
+        return q + 1 if why_not_triton(q, q, q, config) is None else q
+
+    for tokens in (700, 800, 900, 1000):
+        ask(torch.zeros(1, tokens, 2, 16))
+    assert counter.frame_count <= 2
 
 
 def interpreter_obstacle() -> str | None:

@@ -112,6 +112,19 @@ def test_each_token_of_wide_heads_equals_the_reference(name, dtype):
 
 
 @runs_kernels
+@pytest.mark.parametrize("token", [643, 1600])
+def test_a_key_that_is_no_number_shows(token):
+    """Also where its block is neither in the tiles that are searched nor has a state that would show it."""
+    config = BSBRConfig(block_size=16, top_k=1, dense_below=0, far="mean", state="none")
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 16 * 140 + 2, heads, 16, generator=generator).to(DEVICE) for heads in (2, 1, 1))
+    k[0, token] = torch.nan
+    cache = BlockCache(config)
+    cache.fill(k[:, :-1], v[:, :-1])
+    assert cache.attend(q[:, -1:], k[:, -1:], v[:, -1:], scale=0.25).isnan().all()
+
+
+@runs_kernels
 def test_rows_of_different_lengths_decode_together():
     config = BSBRConfig(block_size=16, top_k=1, dense_below=0)
     generator = torch.Generator().manual_seed(0)

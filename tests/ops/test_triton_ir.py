@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from bsbr.config import BSBRConfig
+from bsbr.ops import bsbr_attention, reference_attention
 from tests.ops import test_triton as forward
 from tests.ops import test_triton_decode as decoding
 from tests.ops import test_triton_past as past
@@ -33,6 +35,31 @@ def test_decoding(name):
 @pytest.mark.parametrize("name", ["units, rows, two tokens", "odd block, means"])
 def test_decoding_in_16_bits(name):
     decoding.check(name, torch.float16, 2)
+
+
+@pytest.mark.parametrize("token", [643, 1600])
+def test_a_key_that_is_no_number_shows(token):
+    decoding.test_a_key_that_is_no_number_shows(token)
+
+
+@pytest.mark.parametrize("infinite", [3, 60])
+def test_many_blocks_where_some_are_no_number(infinite):
+    """They come first; none is left out, and nothing is read that was never written."""
+    q, k, v = (x.half() for x in past.late())
+    k[0, : 16 * infinite : 16] = torch.inf
+    config = BSBRConfig(block_size=16, top_k=50, dense_below=0)
+    o = bsbr_attention(q, k, v, config, q_start=k.shape[1] - q.shape[1], backend="triton")
+    assert o.isnan().all()
+
+
+def test_late_queries_of_heads_that_read_different_numbers():
+    """Some of the second head's would read all of their past if it were a call of its own."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 640, 2, 16, generator=generator) for _ in range(3))
+    config = BSBRConfig(block_size=16, top_k_per_head=(1, 50), dense_below=0)
+    o = bsbr_attention(q[:, 600:], k, v, config, q_start=600, backend="triton")
+    expected = reference_attention(q[:, 600:], k, v, config, q_start=600)[0]
+    torch.testing.assert_close(o.double(), expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

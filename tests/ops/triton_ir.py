@@ -246,7 +246,7 @@ class Program:
             order = [int(x) for x in re.search(r"array<i32: ([\d, ]+)>", before)[1].split(",")]  # type: ignore[index]
             return (_spread(values[0], lambda x: x.transpose(order)),)
         if name == "tt.bitcast":
-            return (np.ascontiguousarray(values[0]).view(element),)
+            return (np.ascontiguousarray(values[0]).view(element).reshape(np.shape(values[0])),)
         if name == "tt.addptr":
             return (Pointer(values[0].memory, values[0].offset + np.asarray(values[1]).astype(np.int64)),)
         if name == "tt.dot":

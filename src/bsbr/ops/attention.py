@@ -136,7 +136,8 @@ def bsbr_attention(
     differ = config.top_k_per_head is not None and name != "reference" and not counts
     shares: list[Share] = []
     if differ:
-        shares = shares_of_kernels(config, q.shape[1]) if together else shares_of(config)
+        # late queries are one call: heads that read more would have some of theirs read all of their past
+        shares = shares_of_kernels(config, 0 if q_start else q.shape[1]) if together else shares_of(config)
     if shares and not (together and shares[0].config == config):  # those taken together are this call
         parts = [
             bsbr_attention(

@@ -117,7 +117,7 @@ def _add(
     held = (row < num_rows)[:, None] & (d < D)[None, :]
     part = (tl.program_id(1).to(tl.int64) * num_rows + row) * PARTS
     total = tl.zeros([ROWS, DP], tl.float32)
-    for j in tl.static_range(PARTS):
+    for j in range(PARTS):
         total += tl.load(parts + (part + j)[:, None] * D + d[None, :], mask=held, other=0.0).to(tl.float32)
     z = (first_head + tl.program_id(1)).to(tl.int64)
     to = (z // heads * num_queries + first_query + row // G) * (heads * G) + z % heads * G + row % G

@@ -86,9 +86,8 @@ def triton_decode(
         far_parts = min(_FAR_PARTS, triton.cdiv(room, _TILE))
     column_tile = triton.next_power_of_2(columns)
     mass_lines = triton.cdiv(room, 32)  # whole cache lines for a column
-    most = triton.next_power_of_2(max(1, config.top_k))
-    tiles = max(32, most, triton.next_power_of_2(triton.cdiv(room, _TILE)))  # here too, so that no other has read them
-    peaks = held.meta.new_empty(zs, columns, tiles)
+    tiles = max(_TILE, triton.next_power_of_2(triton.cdiv(room, _TILE)))
+    peaks = rows.new_empty(zs, columns, tiles, dtype=torch.int32)
     mass = held.meta.new_empty(zs, columns, mass_lines * 32)
     chosen = rows.new_empty(zs, columns, max(1, config.top_k), dtype=torch.int32)
     bounds = rows.new_empty(zs, columns, 2, dtype=torch.int64)
@@ -100,7 +99,7 @@ def triton_decode(
         "S": steps, "G": num_heads // heads, "D": width, "DP": padded(width), "EVERY": num_rows == len(lengths),
     }  # fmt: skip
     blocks = {"B": config.block_size, "UNIT": config.unit}
-    search = {"TOP_K": config.top_k, "KP": most, "CP": column_tile, "BN": _TILE, "TP": tiles}
+    search = {"TOP_K": config.top_k, "CP": column_tile, "BN": _TILE, "TP": tiles}
     base = math.log2(math.e)
     _score[(zs, columns + triton.cdiv(room, _TILE * span))](
         q, k, v, held.own_k, held.own_v, held.meta, states, calibration, rows, lengths, mass, peaks, by_state,

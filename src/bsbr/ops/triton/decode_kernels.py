@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from bsbr.ops.triton.decode_search import bits_of, ordered, score_of, select
+from bsbr.ops.triton.decode_search import LEAST, bits_of, ordered, score_of, select
 
 
 @triton.jit
@@ -16,7 +16,7 @@ def _whose(z, heads, rows, EVERY: tl.constexpr):
 
 @triton.jit(do_not_specialize=["heads", "room", "mass_lines"])
 def _score(
-    q, k, v, own_k, own_v, meta, states, calibration, rows, lengths, mass, peaks, read,
+    q, k, v, own_k, own_v, meta, states, calibration, rows, lengths, mass, peaks, by_state,
     qb, qt, qh, kb, kt, kh, vb, vt, vh, heads, room, mass_lines, mean_scale, var_scale, scale,
     S: tl.constexpr, G: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BN: tl.constexpr, TP: tl.constexpr, SPAN: tl.constexpr, MOMENTS: tl.constexpr, STATE: tl.constexpr,
@@ -24,13 +24,13 @@ def _score(
 ):  # fmt: skip
     z, task = tl.program_id(0), tl.program_id(1)
     row, at = _whose(z, heads, rows, EVERY)
-    i, head = (z // heads).to(tl.int64), z % heads
+    i, head = (z // heads).to(tl.int64), (z % heads).to(tl.int64)
     place = tl.load(lengths + row)
     block, d = place // B, tl.arange(0, DP)
     num, inside = block * (B // UNIT), d < D
     C: tl.constexpr = S * G
     WIDE: tl.constexpr = 2 * D if MOMENTS else D
-    head_q = q + i * qb + head * G * qh
+    row_q = q + i * qb
     if task < C:
         if task == 0:
             for s in tl.static_range(S):
@@ -44,26 +44,29 @@ def _score(
             CHUNK: tl.constexpr = DP if DP < 64 else 64
             for chunk in tl.static_range(0, DP, CHUNK):
                 e = chunk + tl.arange(0, CHUNK)
-                part_q = tl.load(head_q + task // G * qt + task % G * qh + e, mask=e < D, other=0.0).to(tl.float32)
+                from_q = row_q + task // G * qt + (head * G + task % G) * qh
+                part_q = tl.load(from_q + e, mask=e < D, other=0.0).to(tl.float32)
                 state = tl.load(
                     states + (at * 2 + block % 2) * D * D + e[:, None] * D + d[None, :],
                     mask=(e < D)[:, None] & inside[None, :], other=0.0,
                 )  # fmt: skip
                 acc += tl.sum(part_q[:, None] * state, 0)
             acc *= scale * tl.load(calibration + (head * G + task % G) * 5 + 4) / num
-            tl.store(read + (z.to(tl.int64) * C + task) * D + d, acc, mask=inside)
+            tl.store(by_state + (z.to(tl.int64) * C + task) * D + d, acc, mask=inside)
     else:
         # all queries before the first store, which no load could pass
         by_mean, by_var, shift = (), (), ()
         for c in tl.static_range(C):
             scalars = calibration + (head * G + c % G) * 5
-            query = tl.load(head_q + c // G * qt + c % G * qh + d, mask=inside, other=0.0).to(tl.float32)
+            from_q = row_q + c // G * qt + (head * G + c % G) * qh
+            query = tl.load(from_q + d, mask=inside, other=0.0).to(tl.float32)
             by_mean += (query * (mean_scale * tl.load(scalars + 1)),)
             by_var += (query * query * (var_scale * tl.load(scalars + 2)),)
             shift += (tl.load(scalars) * 1.4426950408889634 + tl.log2(UNIT * 1.0),)
         first = (task - C) * SPAN
-        # no tile waits for the length: there is room for what may not be needed
-        for tile in tl.range(first, tl.minimum(first + SPAN, tl.cdiv(room, BN)), num_stages=2 if SPAN > 1 else 1):
+        # with few columns no tile waits for the length: there is room for what may not be needed
+        stop = tl.cdiv(num if SPAN > 1 else room, BN)
+        for tile in tl.range(first, tl.minimum(first + SPAN, stop), num_stages=2 if SPAN > 1 else 1):
             n = tile * BN + tl.arange(0, BN)
             held = (n < room)[:, None] & inside[None, :]
             from_meta = meta + (at * room + n)[:, None] * WIDE + d[None, :]
@@ -76,22 +79,22 @@ def _score(
                     terms += var * by_var[c][None, :]
                 score = tl.sum(terms, 1) + shift[c]
                 tl.store(mass + (z.to(tl.int64) * C + c) * (mass_lines * 32) + n, score, mask=n < num)
-                peak = tl.max(tl.where(n < num, score, float("-inf")), 0)
+                peak = tl.max(tl.where(n < num, bits_of(score), LEAST), 0)
                 tl.store(peaks + (z.to(tl.int64) * C + c) * TP + tile, peak)
 
 
 @triton.jit(do_not_specialize=["heads", "mass_lines"])
 def _select(
     mass, peaks, chosen, bounds, rows, lengths, heads, mass_lines, B: tl.constexpr, UNIT: tl.constexpr,
-    TOP_K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, BN: tl.constexpr, TP: tl.constexpr,
+    TOP_K: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, BN: tl.constexpr, TP: tl.constexpr,
     EVERY: tl.constexpr,
 ):  # fmt: skip
     z = tl.program_id(0)
     row, _ = _whose(z, heads, rows, EVERY)
     num = tl.load(lengths + row) // B * (B // UNIT)
-    c, rank = tl.arange(0, CP)[:, None], tl.arange(0, max(32, KP))[None, :]
+    c, rank = tl.arange(0, CP)[:, None], tl.arange(0, BN)[None, :]
     column, real = z.to(tl.int64) * C + tl.minimum(c, C - 1), c < C
-    picked, last, rest = select(mass, peaks, column, num, mass_lines * 32, TOP_K, KP, CP, BN, TP)
+    picked, last, rest = select(mass, peaks, column, num, mass_lines * 32, TOP_K, CP, BN, TP)
     tl.store(chosen + column * TOP_K + rank, picked, mask=real & (rank < TOP_K))
     tl.store(bounds + column * 2, last, mask=real)
     tl.store(bounds + column * 2 + 1, rest, mask=real)
@@ -118,7 +121,7 @@ def _attend(
     q, own_k, own_v, past_k, past_v, mean_v, mass, peaks, chosen, bounds, rows, lengths, part_o, part_lse,
     qb, qt, qh, heads, past_room, room, mass_lines, score_scale,
     S: tl.constexpr, G: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, KEYS: tl.constexpr, PIECES: tl.constexpr,
-    TOP_K: tl.constexpr, KP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, READ: tl.constexpr, EXACT: tl.constexpr,
+    TOP_K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, READ: tl.constexpr, EXACT: tl.constexpr,
     FAR: tl.constexpr, BN: tl.constexpr, CP: tl.constexpr, TP: tl.constexpr, HERE: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
     z, task = tl.program_id(0), tl.program_id(1)
@@ -130,15 +133,15 @@ def _attend(
     first_column = z.to(tl.int64) * C
     mass_room = mass_lines * 32
     if task < C * EXACT:
-        c, j = task // EXACT, task % EXACT
-        own_q = q + (z // heads).to(tl.int64) * qb + c // G * qt + (z % heads * G + c % G) * qh
+        c, j, own_head = task // EXACT, task % EXACT, (z % heads).to(tl.int64)
+        own_q = q + (z // heads).to(tl.int64) * qb + c // G * qt + (own_head * G + c % G) * qh
         query = tl.load(own_q + d, mask=inside, other=0.0).to(tl.float32) * score_scale
         n = tl.arange(0, KEYS)
         top, total, acc = -1e38, 0.0, tl.zeros([DP], tl.float32)
         if j < READ:
-            column, rank = tl.full([1, 1], 0, tl.int64) + (first_column + c), tl.arange(0, max(32, KP))[None, :]
+            column, rank = tl.full([1, 1], 0, tl.int64) + (first_column + c), tl.arange(0, BN)[None, :]
             if HERE:
-                picked, _, _ = select(mass, peaks, column, num, mass_room, TOP_K, KP, 1, BN, TP)
+                picked, _, _ = select(mass, peaks, column, num, mass_room, TOP_K, 1, BN, TP)
             else:
                 picked = tl.load(chosen + column * TOP_K + rank, mask=rank < TOP_K, other=0)
             for piece in range(j * PIECES, tl.minimum(j * PIECES + PIECES, (TOP_K * UNIT + KEYS - 1) // KEYS)):
@@ -168,7 +171,7 @@ def _attend(
         columns, lane = tl.arange(0, CP)[:, None], tl.arange(0, BN)
         own_column = first_column + tl.minimum(columns, C - 1)
         if HERE:
-            _, below, rest = select(mass, peaks, own_column, num, mass_room, TOP_K, KP, CP, BN, TP)
+            _, below, rest = select(mass, peaks, own_column, num, mass_room, TOP_K, CP, BN, TP)
         else:
             below, rest = tl.load(bounds + own_column * 2), tl.load(bounds + own_column * 2 + 1)
         most = score_of(rest)  # the largest mass that is left is known, so weights need no other scale
@@ -198,7 +201,7 @@ def _attend(
 
 @triton.jit(do_not_specialize=["heads"])
 def _merge(
-    part_o, part_lse, read, calibration, rows, lengths, o, heads, EXACT: tl.constexpr, FAR: tl.constexpr,
+    part_o, part_lse, by_state, calibration, rows, lengths, o, heads, EXACT: tl.constexpr, FAR: tl.constexpr,
     PARTS: tl.constexpr, STATE: tl.constexpr, S: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     EVERY: tl.constexpr,
 ):  # fmt: skip
@@ -219,7 +222,7 @@ def _merge(
     result = tl.sum(scaled[:, None] * parts, 0)
     if STATE:
         far_share = tl.sum(tl.where(p < EXACT, 0.0, weights), 0)
-        result += far_share * tl.load(read + column.to(tl.int64) * D + d, mask=inside, other=0.0)
+        result += far_share * tl.load(by_state + column.to(tl.int64) * D + d, mask=inside, other=0.0)
     to = ((z // heads * S + c // G) * (heads * G) + head).to(tl.int64) * D + d
     tl.store(o + to, result.to(o.dtype.element_ty), mask=inside)
     if (z % heads == 0) & (c == 0):  # nobody else reads lengths in this launch

@@ -6,18 +6,18 @@ import triton.language as tl
 _ALWAYS = tl.constexpr(2**63 - 1)
 """Above every `ordered` number."""
 
-_LEAST = tl.constexpr(-(2**31))
+LEAST = tl.constexpr(-(2**31))
 """Below the bits of every score."""
 
 _NOWHERE = tl.constexpr(1 << 24)
-"""A tile after all tiles."""
+"""After all tiles and blocks: none."""
 
 
 @triton.jit
 def bits_of(score):
-    """Integers in the order of the scores."""
+    """Integers in the order of the scores; what is no number comes first, and so shows."""
     bits = score.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.where(score == score, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def score_of(key):
 
 @triton.jit
 def _best(bits, places, COUNT: tl.constexpr, CP: tl.constexpr, WIDE: tl.constexpr):
-    """Where the COUNT largest of some numbers [CP, 32] are, best first, of equal ones the lower place first.
+    """Where the COUNT largest of some numbers, rows of [CP, WIDE], are, best first, of equal ones the lower first.
 
     Returns places [CP, WIDE], and the last of them and the next best as `ordered` numbers, [CP, 1].
     """
@@ -54,44 +54,41 @@ def _best(bits, places, COUNT: tl.constexpr, CP: tl.constexpr, WIDE: tl.constexp
         place = tl.min(place, 1, keep_dims=True)
         left = ()
         for r in tl.static_range(len(bits)):
-            left += (tl.where(places[r] == place, _LEAST, bits[r]),)
+            left += (tl.where(places[r] == place, LEAST, bits[r]),)
         bits = left
         # not by way of the other: the compiler takes what begins as the same value for what a loop leaves as it is
         rest = ordered(best, place)
         last = tl.where(j < COUNT, rest, last)
-        picked = tl.where((rank == j) & (j < COUNT) & (best != _LEAST), place, picked)
+        picked = tl.where((rank == j) & (j < COUNT) & (best != LEAST), place, picked)
     return picked, last, rest
 
 
 @triton.jit
 def select(
-    mass, peaks, column, num, room, TOP_K: tl.constexpr, KP: tl.constexpr, CP: tl.constexpr, BN: tl.constexpr,
-    TP: tl.constexpr,
+    mass, peaks, column, num, room, TOP_K: tl.constexpr, CP: tl.constexpr, BN: tl.constexpr, TP: tl.constexpr,
 ):  # fmt: skip
     """The best blocks of some columns [CP, 1], and the bounds of what is left to the far field.
 
     The best TOP_K blocks lie in the TOP_K tiles of BN blocks, here 32, whose largest mass is largest.
 
-    Returns their numbers, best first, [CP, KP or 32], and the last of them and the next best as `ordered` numbers.
+    Returns their numbers, best first, [CP, BN], and the last of them and the next best as `ordered` numbers.
     """
     # numbers of a column come in rows of 32, as many as a warp has threads: it finds their best without other warps,
     # and for 32-bit integers by one instruction
-    WIDE: tl.constexpr = max(32, KP)
-    lane, rank, bits, places = tl.arange(0, BN)[None, :], tl.arange(0, WIDE)[None, :], (), ()
+    lane, bits, places = tl.arange(0, BN)[None, :], (), ()
     for r in tl.static_range(TP // BN):
         tile = r * BN + lane
         there = tile < tl.cdiv(num, BN)
-        own = bits_of(tl.load(peaks + column * TP + tile, mask=there, other=0.0))
-        bits += (tl.where(there, own, _LEAST),)
+        bits += (tl.load(peaks + column * TP + tile, mask=there, other=LEAST),)
         places += (tl.zeros([CP, BN], tl.int32) + tile,)
-    picked, last, rest = _best(bits, places, TOP_K, CP, WIDE)
+    picked, last, rest = _best(bits, places, TOP_K, CP, BN)
     if TOP_K > 0:
         bits, places = (), ()
         for r in tl.static_range(TOP_K):
-            n = tl.sum(tl.where(rank == r, picked, 0), 1, keep_dims=True) * BN + lane
+            n = tl.sum(tl.where(lane == r, picked, 0), 1, keep_dims=True) * BN + lane
             own = bits_of(tl.load(mass + column * room + n, mask=n < num, other=0.0))
-            bits += (tl.where(n < num, own, _LEAST),)
+            bits += (tl.where(n < num, own, LEAST),)
             places += (n,)
-        picked, last, others = _best(bits, places, TOP_K, CP, WIDE)
+        picked, last, others = _best(bits, places, TOP_K, CP, BN)
         rest = tl.maximum(rest, others)
     return picked, last, rest

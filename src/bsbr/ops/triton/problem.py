@@ -133,7 +133,6 @@ def why_not_triton(
     """
     most = config.top_k if config.top_k_per_head is None else config.max_top_k
     block_bytes = config.unit * (1 << (q.shape[3] - 1).bit_length()) * q.element_size()
-    part_bytes = q.shape[1] * (q.shape[2] // max(1, k.shape[2])) * (most + 1) * q.shape[3] * q.element_size()
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # triton's own switch for debugging without a GPU
     obstacles = {
         f"tensors on {q.device.type}": not (q.is_cuda or interpreted),
@@ -148,11 +147,17 @@ def why_not_triton(
         f"retrieval_block_size {config.unit}": config.unit not in (16, 32, 64, 128, 256),
         f"blocks of {config.unit} keys of width {q.shape[3]} in {q.dtype}": block_bytes > _BLOCK_BYTES,
         f"top_k {most}": most > _MOST_BLOCKS,
-        f"{q.shape[1]} queries that read {most} blocks each": part_bytes > _MOST_PART_BYTES,
+        f"so many queries that read {most} blocks each": most > 32 and _part_bytes(q, k, most) > _MOST_PART_BYTES,
         "dropout": dropout_p > 0,
         "late queries that read their whole past": 0 < q_start < dense_until(config),
     }
     return next((obstacle for obstacle, applies in obstacles.items() if applies), None)
+
+
+def _part_bytes(q: Tensor, k: Tensor, most: int) -> int:
+    """Bytes of the partial outputs of one key head, of a call whose heads read up to `most` blocks."""
+    parts = 1 + (1 << (most - 1).bit_length())
+    return q.shape[1] * (q.shape[2] // k.shape[2]) * parts * q.shape[3] * q.element_size()
 
 
 def why_not_decode(q: Tensor, k: Tensor, v: Tensor, config: BSBRConfig) -> str | None:

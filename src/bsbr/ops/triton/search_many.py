@@ -48,7 +48,9 @@ def _values(scores, bests, start, place, stop, room, BM: tl.constexpr, TILE: tl.
 def _ordered(values):
     """Unsigned integers in the order of the scores."""
     bits = values.to(tl.int32, bitcast=True)
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    bits = tl.where(
+        values == values, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF
+    )  # no number comes first, and so shows
     return (bits ^ (-(2**31))).to(tl.uint32, bitcast=True)
 
 
