@@ -175,7 +175,7 @@ def _attend(
         else:
             below, rest = tl.load(bounds + own_column * 2), tl.load(bounds + own_column * 2 + 1)
         most = score_of(rest)  # the largest mass that is left is known, so weights need no other scale
-        M: tl.constexpr = max(16, CP)  # tensor cores want 16 columns, so each is there several times
+        M: tl.constexpr = CP if CP > 16 else 16  # tensor cores want 16 columns, so each is there several times
         weight = tl.zeros([CP, BN], tl.float32)
         sums = tl.zeros([M, DP], tl.float32)
         for start in range(first_n, stop, BN):

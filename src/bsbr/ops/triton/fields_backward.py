@@ -167,7 +167,7 @@ def _fields_backward(
             weighted = (do_again * (state_factor * share)[:, None]).to(state.dtype)
             dq = tl.dot(weighted, tl.trans(state), dq, input_precision="ieee")
 
-    KEYS: tl.constexpr = min(BM, 64)
+    KEYS: tl.constexpr = BM if BM < 64 else 64
     for start in range(block * B, first + BM, KEYS):
         key = start + tl.arange(0, KEYS)
         real = (key < q_start + num_queries)[:, None] & inside
