@@ -46,11 +46,9 @@ def _values(scores, bests, start, place, stop, room, BM: tl.constexpr, TILE: tl.
 
 @triton.jit
 def _ordered(values):
-    """Unsigned integers in the order of the scores."""
+    """Unsigned integers in the order of the scores; what is no number comes first, and so shows."""
     bits = values.to(tl.int32, bitcast=True)
-    bits = tl.where(
-        values == values, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF
-    )  # no number comes first, and so shows
+    bits = tl.where(values == values, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
     return (bits ^ (-(2**31))).to(tl.uint32, bitcast=True)
 
 
