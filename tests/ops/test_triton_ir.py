@@ -74,12 +74,23 @@ def test_gradients(name, dtype, tolerance):
     forward.check_gradients(forward.draw(name), dtype, tolerance)
 
 
+@pytest.mark.parametrize("together", [True, False], ids=["one call", "by power"])
 @pytest.mark.parametrize("name", forward.BY_HEAD)
-def test_heads_that_read_different_numbers_of_blocks(name, monkeypatch):
-    forward.test_heads_that_read_different_numbers_of_blocks(name, True, monkeypatch)
+def test_heads_that_read_different_numbers_of_blocks(name, together, monkeypatch):
+    forward.test_heads_that_read_different_numbers_of_blocks(name, together, monkeypatch)
 
 
-@pytest.mark.parametrize("counts", [None, (40, 33)], ids=str)
+@pytest.mark.parametrize("way", ["many", "16 bits, many in parts"])
+def test_a_search_for_many_blocks(way, monkeypatch):
+    past.ask_for(way, monkeypatch)
+    past.test_late_queries_choose_and_read_as_the_reference(way, 30.0, "moments")
+    past.test_equal_blocks_in_tiles_of_different_best_go_to_the_lower(way)
+    past.test_nothing_is_left_of_a_past_that_is_read_whole(way)
+    past.test_a_key_that_is_no_number_shows_where_its_block_is_past(way)
+    past.test_gradients_fit_the_scores_of_the_forward_pass(way, "plain")
+
+
+@pytest.mark.parametrize("counts", [None, (40, 33), (64, 50)], ids=str)
 def test_many_blocks(counts):
     past.test_more_blocks_than_the_search_writes_out(counts)
 
