@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from bsbr.ops.triton.decode_search import LEAST, bits_of, ordered, score_of, select
+from bsbr.ops.triton.decode_search import LEAST, ordered, score_of, select
+from bsbr.ops.triton.scores import bits_of
 
 
 @triton.jit

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from bsbr.ops.triton.scores import bits_of
+
 _ALWAYS = tl.constexpr(2**63 - 1)
 """Above every `ordered` number."""
 
@@ -11,13 +13,6 @@ LEAST = tl.constexpr(-(2**31))
 
 _NOWHERE = tl.constexpr(1 << 24)
 """After all tiles and blocks: none."""
-
-
-@triton.jit
-def bits_of(score):
-    """Integers in the order of the scores; what is no number comes first, and so shows."""
-    bits = score.to(tl.int32, bitcast=True)
-    return tl.where(score == score, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ _MOST_BLOCKS, _MOST_DECODED = 128, 32
 """Most blocks that a query reads: the backward pass, and a decoding step, are written out for each."""
 
 _MOST_PART_BYTES = 1 << 33
-"""Partial outputs of one key head, which are held at once."""
+"""Partial outputs of a key head, held at once, if it reads more than 32 blocks; if fewer it is always taken."""
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
 """Looked up once: `torch.compile` traces calls, and cannot trace this one."""

@@ -101,6 +101,13 @@ def nothing_of(scores):
 
 
 @triton.jit
+def bits_of(score):
+    """Integers in the order of the scores; what is no number comes first, and so shows."""
+    bits = score.to(tl.int32, bitcast=True)
+    return tl.where(score == score, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+
+
+@triton.jit
 def load_blocks(x, from_block, stop, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr):
     """A tile of summaries, [DP, BN]."""
     n, d = from_block + tl.arange(0, BN), tl.arange(0, DP)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bsbr.ops.triton.problem import Problem
-from bsbr.ops.triton.scores import Scores, Tiles, nothing_of, score_at
+from bsbr.ops.triton.scores import Scores, Tiles, bits_of, nothing_of, score_at
 from bsbr.ops.triton.search import sizes, whose
 from bsbr.ops.triton.short_scores import LOWEST, STEPS, steps_below
 
@@ -46,10 +46,8 @@ def _values(scores, bests, start, place, stop, room, BM: tl.constexpr, TILE: tl.
 
 @triton.jit
 def _ordered(values):
-    """Unsigned integers in the order of the scores; what is no number comes first, and so shows."""
-    bits = values.to(tl.int32, bitcast=True)
-    bits = tl.where(values == values, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
-    return (bits ^ (-(2**31))).to(tl.uint32, bitcast=True)
+    """Unsigned integers in the order of the scores."""
+    return (bits_of(values) ^ (-(2**31))).to(tl.uint32, bitcast=True)
 
 
 @triton.jit(
