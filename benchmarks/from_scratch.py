@@ -13,11 +13,14 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from benchmarks.spread import spread
 from benchmarks.training_rows import add_parts, conditions, read_rows, write_row
@@ -25,7 +28,7 @@ from bsbr.data.text import read_text, split_documents, text_digest
 from bsbr.data.tokenizer import ENDOFTEXT_ID, encode_documents, load_tokenizer, token_byte_lengths
 from bsbr.files import write_json
 from bsbr.hf import peers
-from bsbr.peers import gated_delta_layer
+from bsbr.peers import gated_delta_attention, gated_delta_layer
 from bsbr.training.batches import TextBatches
 from bsbr.training.build import build_model, parse_attention
 from bsbr.training.corpus import Corpus, save_tokenizer
@@ -43,8 +46,10 @@ ATTENTIONS = {
     "local": "local:block_size=64",
     "moba": "moba:block_size=64,top_k=8",
     "nsa": "nsa",
+    "none": "full",
 }
-"""What each name stands for; a window of 576 tokens is what 8 retrieved blocks and the own block of 64 are."""
+"""What each name stands for, `none` in a shape without attention; a window of 576 tokens is what 8 retrieved blocks and
+the own block of 64 are."""
 
 RECIPE: dict[str, Any] = {
     "context": 4096, "batch_tokens": 32_768, "lr": 4e-3, "muon_lr": 8e-3, "weight_decay": 0.1, "warmup_steps": 50,
@@ -108,7 +113,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def compile_layer_alone() -> None:
-    """Compile what Gated DeltaNet does in a layer as one graph for all layers, for training steps.
+    """Compile what Gated DeltaNet does in a layer as one graph for all layers, ours and Qwen 3.5's.
 
     Within a whole model its graph is three times the size of another attention's, and takes the compiler minutes.
     """
@@ -119,6 +124,26 @@ def compile_layer_alone() -> None:
         return compiled(*given) if torch.is_grad_enabled() else gated_delta_layer(*given)
 
     peers.gated_delta_layer = layer  # type: ignore[assignment]
+    modeling_qwen3_5.torch_chunk_gated_delta_rule = gated_delta_rule(
+        torch.compile(gated_delta_attention, dynamic=False)
+    )
+
+
+def gated_delta_rule(attention: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
+    """Make what Qwen 3.5's layers call of our Gated DeltaNet; transformers' own goes from chunk to chunk in Python."""
+
+    def rule(
+        q: Tensor, k: Tensor, v: Tensor, *, g: Tensor, beta: Tensor, initial_state: None, output_final_state: bool,
+        use_qk_l2norm_in_kernel: bool, **_: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        assert initial_state is None
+        assert use_qk_l2norm_in_kernel > output_final_state
+        group = v.shape[2] // k.shape[2]  # values that share a key: some versions repeat it before the call
+        q, k = (x.repeat_interleave(group, 2).float() for x in (q, k))
+        q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+        return attention(q * q.shape[-1] ** -0.5, k, v, g, beta).to(v.dtype), None
+
+    return rule
 
 
 def load_corpus(folder: Path, device: torch.device) -> Corpus:

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -154,17 +155,17 @@ def test_times_are_of_the_methods_that_have_one(done: SimpleNamespace) -> None:
 
 
 class Stop:
-    """Presses Ctrl-C at the n-th forward of the original's embedding, which all models share."""
+    """Counts the forwards of the original's embedding, which all models share, and presses Ctrl-C at the n-th."""
 
-    def __init__(self, after: int) -> None:
-        self.left = after
+    def __init__(self, after: int | None = None) -> None:
+        self.after, self.calls = after, 0
 
     def __deepcopy__(self, memo: object) -> "Stop":
         return self  # models that share weights copy their hooks: the count is of all of them
 
     def __call__(self, *_: object) -> None:
-        self.left -= 1
-        if self.left == 0:
+        self.calls += 1
+        if self.calls == self.after:
             raise KeyboardInterrupt
 
 
@@ -194,6 +195,30 @@ def test_resuming_gives_the_file_of_an_uninterrupted_run(
     assert content["digest"] == done.content["digest"]
     assert calibrate.calls == 8  # two lengths, four points: none twice
     assert content["run"]["resumed_records"] > 0
+
+
+def test_where_only_times_are_missing_models_run_only_to_be_timed(
+    setting: SimpleNamespace, done: SimpleNamespace, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(done.folder, tmp_path / "sweep")
+    lines = (folder / "sweep_records.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line).get("key", ["header"])[0] != "time"]
+    assert len(lines) - len(kept) == len(CONFIG.lengths)
+    (folder / "sweep_records.jsonl").write_text("".join(kept))
+    console = Console(file=io.StringIO())
+    calibrate, forwards = Calibrate(), Stop()  # counts alone
+    hook = setting.original.transformer.wte.register_forward_pre_hook(forwards)
+    try:
+        content = sweep(setting, folder, calibrate, resume=True, console=console)
+    finally:
+        hook.remove()
+    contenders = 2 + 4 * len(CONFIG.points)  # the original and no attention; four methods have a time of their own
+    each = CONFIG.speed.warmup + 2 * CONFIG.speed.rounds
+    assert calibrate.calls == 0
+    assert forwards.calls == 2 + len(CONFIG.lengths) * contenders * each  # the check of its head takes two
+    assert content["digest"] == done.content["digest"]
+    said = console.file.getvalue()
+    assert said.count("Measuring") == said.count("Measuring speed") == 1
 
 
 def test_records_of_another_sweep_are_refused(setting: SimpleNamespace, done: SimpleNamespace) -> None:

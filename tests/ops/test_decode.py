@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from bsbr.config import BSBRConfig
+from bsbr.ops import block_cache as block_cache_module
 from bsbr.ops import reference_attention
 from bsbr.ops.block_cache import BlockCache, check_mode
 from bsbr.ops.shared_cache import block_cache
+from bsbr.ops.summaries import uncalibrated
 from tests.ops.cases import error_bound, random_case
 
 
@@ -208,6 +210,17 @@ def test_tensors_made_in_inference_mode_can_be_used_outside():
         cache.select(torch.tensor([0, 0]))
     both = q.repeat(2, 1, 1, 1)[:, 21:]
     cache.attend(both, both, both, scale=0.3)
+
+
+def test_scalars_of_uncalibrated_heads_are_made_once(monkeypatch):
+    """Made in each step, they would be two launches more in a CUDA graph."""
+    made = []
+    monkeypatch.setattr(block_cache_module, "uncalibrated", lambda *given: made.append(given) or uncalibrated(*given))
+    cache, q = BlockCache(BSBRConfig(block_size=4, top_k=1, dense_below=0)), torch.randn(1, 20, 2, 8)
+    outputs = [cache.attend(*[q[:, at : at + 1]] * 3, scale=0.3) for at in range(20)]
+    assert made == [(2, torch.float32, torch.device("cpu"))]
+    expected = reference_attention(q, q, q, cache.config, scale=0.3)[0]
+    torch.testing.assert_close(torch.cat(outputs, 1).double(), expected, rtol=0, atol=1e-5)
 
 
 def test_a_window_that_keeps_no_older_tokens_goes_back_by_a_block():

@@ -24,6 +24,10 @@ CASES = {
     "means with state": (
         BSBRConfig(block_size=16, top_k=1, dense_below=0, far="mean", state="global"), (1, 66, 3, 3, 16), 1, "full",
     ),
+    "eighteen columns": (BSBRConfig(block_size=16, top_k=3, dense_below=0), (1, 2100, 9, 1, 16), 2, "full"),
+    "own block in two parts": (
+        BSBRConfig(block_size=192, retrieval_block_size=64, top_k=3, dense_below=0), (1, 746, 2, 1, 16), 1, "full",
+    ),
 }  # fmt: skip
 
 WIDE = {
@@ -101,6 +105,15 @@ def test_many_columns_are_searched_together_to_the_same_bits(name, monkeypatch):
         cache.fill(*(x[:, : tokens - 4] for x in tensors[1:]))
         outputs.append(decoded(cache, tensors, case.calibration, tokens - 4, tokens, steps))
     assert torch.equal(*outputs)
+
+
+@runs_kernels
+@pytest.mark.parametrize("name", ["plain", "eighteen columns"])
+def test_a_far_field_in_one_part_is_read_tile_by_tile(name, monkeypatch):
+    from bsbr.ops.triton import decode
+
+    monkeypatch.setattr(decode, "_FAR_PARTS", 1)
+    check(name, torch.float32, 2)
 
 
 @gpu

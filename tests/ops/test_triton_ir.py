@@ -32,7 +32,12 @@ def test_decoding(name):
     decoding.check(name, torch.float32, 2)
 
 
-@pytest.mark.parametrize("name", ["units, rows, two tokens", "odd block, means"])
+@pytest.mark.parametrize("name", ["plain", "eighteen columns"])
+def test_decoding_with_a_far_field_in_one_part(name, monkeypatch):
+    decoding.test_a_far_field_in_one_part_is_read_tile_by_tile(name, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["units, rows, two tokens", "odd block, means", "eighteen columns"])
 def test_decoding_in_16_bits(name):
     decoding.check(name, torch.float16, 2)
 

@@ -84,6 +84,7 @@ class BlockCache:
         self._summaries: RunningSummaries | None = None
         self._store: Store | None = None
         self._device_step = DeviceStep()
+        self._neutral: Tensor | None = None
 
     def attend(
         self,
@@ -113,7 +114,7 @@ class BlockCache:
             self._start(k, v)
         wide = torch.promote_types(q.dtype, torch.float32)
         if calibration is None:
-            calibration = uncalibrated(q.shape[2], wide, q.device)
+            calibration = self._neutral_scalars(q.shape[2], wide, q.device)
         if max(self.lengths) == 0:
             return self._first(q, k, v, scale, calibration, counts, sinks)
         with torch.no_grad():
@@ -214,6 +215,16 @@ class BlockCache:
         elif self.config.top_k:
             self._store = RecentStore(k, v, self.config.unit, size, self.config.top_k)
         self.lengths, self._floors = [0] * k.shape[0], [0] * k.shape[0]
+
+    def _neutral_scalars(self, heads: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The scalars of uncalibrated heads, made once: a CUDA graph of a step would make them in each replay."""
+        known = self._neutral
+        if known is None or (len(known), known.dtype, known.device) != (heads, dtype, device):
+            with torch.inference_mode(False):
+                known = uncalibrated(heads, dtype, device)
+            if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):  # else a replay fills them
+                self._neutral = known
+        return known
 
     def _first(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, calibration: Tensor, counts: tuple[int, ...],

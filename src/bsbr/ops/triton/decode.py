@@ -10,6 +10,7 @@ one query head; C columns share a key head. All arithmetic is float32, scores an
 3. `_merge` joins the parts, adds the state, and moves each row on.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -25,11 +26,17 @@ _PIECE_BYTES, _MOST_KEYS = 1 << 14, 64
 """Largest piece of keys that is loaded at once."""
 
 _PIECES, _TILE, _FAR_PARTS = 2, 32, 16
-"""Pieces of keys that one program reads one after the other, summaries read at once, and the most parts the far field
-is cut into: the same for every number of rows, so that a row's bits do not depend on its neighbours."""
+"""Pieces of keys that one program reads, summaries and mean values read at once, and the most parts the far field is
+cut into: the same for every number of rows, so that a row's bits do not depend on its neighbours."""
 
 _SPAN, _MANY_COLUMNS = 2, 128
 """Tiles of summaries that one program scores where this many columns keep the GPU busy; otherwise one."""
+
+
+@functools.cache
+def _starts_early(device: torch.device) -> bool:
+    """Whether a GPU can have a launch on its way before the one in front of it has ended (from Hopper on)."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 class Held(NamedTuple):
@@ -73,6 +80,7 @@ def triton_decode(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     calibration = calibration.contiguous()
     (num_rows, steps, num_heads, width), heads = q.shape, k.shape[2]
+    early = _starts_early(q.device)
     zs, columns, room = num_rows * heads, steps * (num_heads // heads), held.meta.shape[2]
     past_k, past_v = (held.own_k, held.own_v) if held.past_k is None else (held.past_k, held.past_v)
     mean_v, states = (held.meta if x is None else x for x in (held.mean_v, held.states))
@@ -80,7 +88,8 @@ def triton_decode(
     many = zs * columns >= _MANY_COLUMNS
     span = _SPAN if many else 1
     read = triton.cdiv(config.top_k * config.unit, keys * _PIECES)
-    exact = read + triton.cdiv(config.block_size, keys * _PIECES)
+    own = triton.cdiv(config.block_size, keys * _PIECES)
+    exact = read + own
     far_parts = 0
     if config.far != "drop":
         far_parts = min(_FAR_PARTS, triton.cdiv(room, _TILE))
@@ -97,7 +106,9 @@ def triton_decode(
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
     shared = {
         "S": steps, "G": num_heads // heads, "D": width, "DP": padded(width), "EVERY": num_rows == len(lengths),
+        "EARLY": early,
     }  # fmt: skip
+    launch = {"num_warps": 4} | ({"launch_pdl": True} if early else {})
     blocks = {"B": config.block_size, "UNIT": config.unit}
     search = {"TOP_K": config.top_k, "CP": column_tile, "BN": _TILE, "TP": tiles}
     base = math.log2(math.e)
@@ -105,21 +116,21 @@ def triton_decode(
         q, k, v, held.own_k, held.own_v, held.meta, states, calibration, rows, lengths, mass, peaks, by_state,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], heads, room, mass_lines, scale * base,
         scale * scale / 2 * base, scale, BN=_TILE, TP=tiles, SPAN=span, MOMENTS=config.far == "moments",
-        STATE=config.state != "none", **blocks, **shared, num_warps=4,
+        STATE=config.state != "none", **blocks, **shared, **launch,
     )  # fmt: skip
     if many:
         _select[(zs,)](
-            mass, peaks, chosen, bounds, rows, lengths, heads, mass_lines, C=columns, EVERY=shared["EVERY"], **blocks,
-            **search, num_warps=4,
+            mass, peaks, chosen, bounds, rows, lengths, heads, mass_lines, C=columns, EVERY=shared["EVERY"],
+            EARLY=early, **blocks, **search, **launch,
         )  # fmt: skip
-    _attend[(zs, columns * exact + far_parts)](
+    _attend[(zs, far_parts + own * triton.cdiv(columns, 16) + columns * read)](
         q, held.own_k, held.own_v, past_k, past_v, mean_v, mass, peaks, chosen, bounds, rows, lengths, part_o, part_lse,
         *q.stride()[:3], heads, past_k.shape[2], room, mass_lines, scale * base, KEYS=keys, PIECES=_PIECES, READ=read,
-        EXACT=exact, FAR=far_parts, HERE=not many, **blocks, **search, **shared, num_warps=4,
-        maxnreg=128 if width <= 128 else None,  # four programs share a multiprocessor
+        OWN=own, FAR=far_parts, HERE=not many, **blocks, **search, **shared, **launch,
+        maxnreg=168 if width <= 128 else None,  # shared memory has room for three programs anyway
     )  # fmt: skip
     _merge[(zs * columns,)](
         part_o, part_lse, by_state, calibration, rows, lengths, o, heads, EXACT=exact, FAR=far_parts,
-        PARTS=triton.next_power_of_2(exact + far_parts), STATE=config.state != "none", **shared, num_warps=4,
+        PARTS=triton.next_power_of_2(exact + far_parts), STATE=config.state != "none", **shared, **launch,
     )  # fmt: skip
     return o

@@ -29,16 +29,17 @@ def score_of(key):
 
 
 @triton.jit
-def _best(bits, places, COUNT: tl.constexpr, CP: tl.constexpr, WIDE: tl.constexpr):
-    """Where the COUNT largest of some numbers, rows of [CP, WIDE], are, best first, of equal ones the lower first.
+def _best(bits, places, rounds, COUNT: tl.constexpr, CP: tl.constexpr, WIDE: tl.constexpr):
+    """Where the largest of some numbers, rows of [CP, WIDE], are, best first, of equal ones the lower first.
 
-    Returns places [CP, WIDE], and the last of them and the next best as `ordered` numbers, [CP, 1].
+    One is found in a round, COUNT at most. Returns places [CP, WIDE]; and the last of COUNT and the next best as
+    `ordered` numbers, [CP, 1], which takes COUNT + 1 rounds.
     """
     rank = tl.arange(0, WIDE)[None, :]
     picked = tl.full([CP, WIDE], _NOWHERE, tl.int32)
     last = tl.full([CP, 1], _ALWAYS, tl.int64)
     rest = last
-    for j in range(COUNT + 1):  # not written out: a GPU that has not run it lately has to load it first
+    for j in range(rounds):  # not written out: a GPU that has not run it lately has to load it first
         best = bits[0]
         for r in tl.static_range(1, len(bits)):
             best = tl.maximum(best, bits[r])
@@ -60,11 +61,15 @@ def _best(bits, places, COUNT: tl.constexpr, CP: tl.constexpr, WIDE: tl.constexp
 
 @triton.jit
 def select(
-    mass, peaks, column, num, room, TOP_K: tl.constexpr, CP: tl.constexpr, BN: tl.constexpr, TP: tl.constexpr,
+    mass, peaks, column, num, tiles, room, rounds, TOP_K: tl.constexpr, CP: tl.constexpr, BN: tl.constexpr,
+    TP: tl.constexpr,
 ):  # fmt: skip
     """The best blocks of some columns [CP, 1], and the bounds of what is left to the far field.
 
-    The best TOP_K blocks lie in the TOP_K tiles of BN blocks, here 32, whose largest mass is largest.
+    The best blocks, however many, lie in as many tiles of BN blocks, here 32, whose largest mass is largest. So for the
+    best few as many rounds are enough, and for the bounds TOP_K + 1.
+
+    Of the `tiles` whose peaks are read here, those after the past have LEAST.
 
     Returns their numbers, best first, [CP, BN], and the last of them and the next best as `ordered` numbers.
     """
@@ -73,10 +78,9 @@ def select(
     lane, bits, places = tl.arange(0, BN)[None, :], (), ()
     for r in tl.static_range(TP // BN):
         tile = r * BN + lane
-        there = tile < tl.cdiv(num, BN)
-        bits += (tl.load(peaks + column * TP + tile, mask=there, other=LEAST),)
+        bits += (tl.load(peaks + column * TP + tile, mask=tile < tiles, other=LEAST),)
         places += (tl.zeros([CP, BN], tl.int32) + tile,)
-    picked, last, rest = _best(bits, places, TOP_K, CP, BN)
+    picked, last, rest = _best(bits, places, rounds, TOP_K, CP, BN)
     if TOP_K > 0:
         bits, places = (), ()
         for r in tl.static_range(TOP_K):
@@ -84,6 +88,6 @@ def select(
             own = bits_of(tl.load(mass + column * room + n, mask=n < num, other=0.0))
             bits += (tl.where(n < num, own, LEAST),)
             places += (n,)
-        picked, last, others = _best(bits, places, TOP_K, CP, BN)
+        picked, last, others = _best(bits, places, rounds, TOP_K, CP, BN)
         rest = tl.maximum(rest, others)
     return picked, last, rest
