@@ -114,7 +114,7 @@ def _flex_call(tensors: list[Tensor], config: BSBRConfig) -> Callable[[], object
     """The mask is made before the clock starts; a tile of it is skipped only if none of its queries reads the block."""
     q, k, v = (x.transpose(1, 2) for x in tensors[:3])
     length, first = q.shape[2], dense_until(config)
-    chosen = _choice(tensors, config)[0].long()
+    chosen = _choice(tensors, config)[1][0].long()
     reads = torch.zeros(q.shape[1], length, length // config.unit + 1, dtype=torch.bool, device="cuda")
     reads[:, :first] = True
     reads[:, first:].scatter_(2, chosen.transpose(0, 1), True)
@@ -127,26 +127,22 @@ def _flex_call(tensors: list[Tensor], config: BSBRConfig) -> Callable[[], object
     return lambda: attend(q, k, v, block_mask=blocks, enable_gqa=True)
 
 
-def _choice(tensors: list[Tensor], config: BSBRConfig) -> Tensor:
-    """The blocks chosen for the sparse queries, [1, S, HQ, top_k]."""
-    from bsbr.ops.triton.operator import encode  # registers the operator, which gives the choice of blocks too
+def _choice(tensors: list[Tensor], config: BSBRConfig) -> tuple[Tensor, Tensor]:
+    """The output, and the blocks chosen for the sparse queries, [1, S, HQ, top_k]."""
+    from bsbr.ops.triton.operator import attend_and_choose
 
-    calibration = torch.tensor(UNCALIBRATED, device="cuda").expand(tensors[0].shape[2], 5).contiguous()
+    q, k, v = tensors[:3]
+    calibration = torch.tensor(UNCALIBRATED, device="cuda").expand(q.shape[2], 5).contiguous()
     with torch.no_grad():
-        given = (*tensors[:3], calibration, None, encode(config), tensors[0].shape[3] ** -0.5, 0)
-        return torch.ops.bsbr.attention(*given)[2]
+        o, _, chosen = attend_and_choose(q, k, v, config, scale=q.shape[3] ** -0.5, q_start=0, calibration=calibration)
+    return o, chosen
 
 
 def check(tensors: list[Tensor], config: BSBRConfig, rows: int = 8) -> dict[str, float]:
     """Compare the tensors that are timed with the float64 reference, at rows of two prefixes and two key heads."""
     q, k, v = tensors[:3]
     group = q.shape[2] // k.shape[2]
-    calibration = torch.tensor(UNCALIBRATED, device="cuda").expand(q.shape[2], 5).contiguous()
-    scale = q.shape[3] ** -0.5
-    from bsbr.ops.triton.operator import encode  # registers the operator, which gives the choice of blocks too
-
-    with torch.no_grad():
-        o, _, chosen = torch.ops.bsbr.attention(q, k, v, calibration, None, encode(config), scale, 0)
+    o, chosen = _choice(tensors, config)
     first = max(0, dense_until(config))
     worst, same, count = 0.0, 0, 0
     for share in (0.4, 1.0):

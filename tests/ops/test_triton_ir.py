@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bsbr.config import BSBRConfig
-from bsbr.ops import bsbr_attention, reference_attention
+from bsbr.ops import UNCALIBRATED, bsbr_attention, reference_attention
 from tests.ops import test_triton as forward
 from tests.ops import test_triton_decode as decoding
 from tests.ops import test_triton_past as past
@@ -55,6 +55,21 @@ def test_many_blocks_where_some_are_no_number(infinite):
     config = BSBRConfig(block_size=16, top_k=50, dense_below=0)
     o = bsbr_attention(q, k, v, config, q_start=k.shape[1] - q.shape[1], backend="triton")
     assert o.isnan().all()
+
+
+def test_the_choice_of_blocks_is_told():
+    """Benchmarks compare what they time with the reference, given the same choice."""
+    from bsbr.ops.triton.operator import attend_and_choose
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 200, heads, 16, generator=generator) for heads in (4, 2, 2))
+    config = BSBRConfig(block_size=16, top_k=2, dense_below=100)
+    calibration = torch.tensor(UNCALIBRATED).expand(4, 5)
+    o, lse, chosen = attend_and_choose(q, k, v, config, scale=0.25, q_start=0, calibration=calibration)
+    expected, expected_lse, wanted = reference_attention(q, k, v, config)
+    torch.testing.assert_close(o.double(), expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(lse.double(), expected_lse.double(), rtol=0, atol=2e-5)
+    assert torch.equal(chosen.sort(-1).values, wanted[:, -chosen.shape[1] :].sort(-1).values.int())
 
 
 def test_late_queries_of_heads_that_read_different_numbers():

@@ -38,11 +38,37 @@ def triton_attention(
     Returns:
         o [B, Tq, HQ, D] in the dtype of q; lse [B, Tq, HQ] float32, without gradient.
     """
+    o, lse, _ = attend_and_choose(
+        q, k, v, config, scale=scale, q_start=q_start, calibration=calibration, block_indices=block_indices
+    )
+    return o, lse.detach()
+
+
+def attend_and_choose(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: BSBRConfig,
+    *,
+    scale: float,
+    q_start: int,
+    calibration: Tensor,
+    block_indices: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute `triton_attention`, and say what blocks the queries read that do not read their whole past.
+
+    Source: docs/method.md.
+
+    Args:
+        q, k, v, config, scale, q_start, calibration, block_indices: as there.
+    Returns:
+        o [B, Tq, HQ, D]; lse [B, Tq, HQ] float32; blocks of the last S queries, best first, [B, S, HQ, top_k] int32,
+        -1 where a query reads fewer.
+    """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     numbers = config.top_k_per_head
     counts = None if numbers is None else on_device(numbers, q.device)
-    o, lse, _ = _attention(q, k, v, calibration.contiguous(), block_indices, counts, encode(config), scale, q_start)
-    return o, lse.detach()
+    return _attention(q, k, v, calibration.contiguous(), block_indices, counts, encode(config), scale, q_start)
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | None:

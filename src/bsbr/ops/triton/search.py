@@ -23,8 +23,9 @@ _NOWHERE = tl.constexpr(1 << 24)
 """A group after all groups."""
 
 
-_ROWS = 4
-"""Queries that one warp searches for: no other waits for it, and its registers leave room for 28 warps."""
+_ROWS, _ROWS_BY_TILES = 4, 2
+"""Queries that one warp searches for: no other waits for it, and its registers leave room for 28 warps; by way of the
+tiles they take twice as many each."""
 
 MOST_WRITTEN_OUT = 32
 """Blocks that the search writes out one after the other at most: it takes the compiler 3 s for 16, 11 s for 32 and 75 s
@@ -49,7 +50,8 @@ def choose_blocks(
     """
     most, groups = triton.next_power_of_2(problem.config.top_k), tiles.room // GROUP_BLOCKS
     by_tiles = groups > _MANY_GROUPS
-    programs, rows = tiles.count * (tiles.rows // _ROWS), min(_ROWS, tiles.rows)
+    rows = min(_ROWS_BY_TILES if by_tiles else _ROWS, tiles.rows)
+    programs = tiles.count * (tiles.rows // rows)
     space = torch.empty(programs, rows, most * GROUP_BLOCKS, dtype=torch.int32, device=chosen.device)
     first_level = tiles.room // tiles.blocks if by_tiles else groups
     _choose[(programs,)](
