@@ -137,7 +137,8 @@ def gated_delta_rule(attention: Callable[..., Tensor]) -> Callable[..., tuple[Te
         use_qk_l2norm_in_kernel: bool, **_: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
         assert initial_state is None
-        assert use_qk_l2norm_in_kernel > output_final_state
+        assert use_qk_l2norm_in_kernel
+        assert not output_final_state
         group = v.shape[2] // k.shape[2]  # values that share a key: some versions repeat it before the call
         q, k = (x.repeat_interleave(group, 2).float() for x in (q, k))
         q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))

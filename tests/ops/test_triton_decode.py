@@ -6,6 +6,7 @@ import torch
 from bsbr.config import BSBRConfig
 from bsbr.ops import reference_attention
 from bsbr.ops.block_cache import BlockCache
+from bsbr.ops.shared_cache import block_cache
 from bsbr.ops.triton.problem import why_not_decode
 from tests.ops.cases import Case, error_bound
 from tests.ops.test_triton import DEVICE, GPU, gpu, needs_gpu, not_interpreted, pass_under_the_interpreter, runs_kernels
@@ -108,12 +109,55 @@ def test_many_columns_are_searched_together_to_the_same_bits(name, monkeypatch):
 
 
 @runs_kernels
+@pytest.mark.parametrize(
+    ("query", "held"), [(torch.float32, torch.float16), (torch.float16, torch.float32)], ids=["float32", "float16"]
+)
+def test_queries_need_not_have_the_dtype_of_the_cache(query, held):
+    """As after a text that was read under autocast."""
+    config, generator = BSBRConfig(block_size=16, top_k=2, dense_below=0), torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 90, heads, 16, generator=generator).half().to(DEVICE) for heads in (2, 1, 1))
+    cache = BlockCache(config)
+    cache.fill(k[:, :-1].to(held), v[:, :-1].to(held))
+    o = cache.attend(*(x[:, -1:].to(query) for x in (q, k, v)), scale=0.25)
+    expected = reference_attention(q.float(), k.float(), v.float(), config, scale=0.25)[0]
+    torch.testing.assert_close(o[:, 0].double(), expected[:, -1], rtol=0, atol=2e-5 if query == torch.float32 else 1e-3)
+
+
+@runs_kernels
 @pytest.mark.parametrize("name", ["plain", "eighteen columns"])
 def test_a_far_field_in_one_part_is_read_tile_by_tile(name, monkeypatch):
     from bsbr.ops.triton import decode
 
     monkeypatch.setattr(decode, "_FAR_PARTS", 1)
     check(name, torch.float32, 2)
+
+
+NUMBERS = {
+    "plain": BSBRConfig(block_size=16, top_k_per_head=(3, 0, 1), dense_below=0),
+    "units": BSBRConfig(block_size=32, retrieval_block_size=16, top_k_per_head=(2, 5, 2), dense_below=0),
+    "dropped far field": BSBRConfig(block_size=16, top_k_per_head=(1, 4, 2), dense_below=40, far="drop"),
+}
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize(("name", "most"), [("plain", 1 << 30), ("units", 0), ("dropped far field", 1 << 30)])
+def test_heads_that_read_different_numbers_are_one_step(name, most, monkeypatch):
+    """From the first blocks on, where some read all there is; parts of 20 and 24 tokens are too long for one step."""
+    from bsbr.ops.triton import decode
+
+    monkeypatch.setattr(decode, "_MANY_COLUMNS", most)
+    config, generator = NUMBERS[name], torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 80, heads, 16, generator=generator).to(DEVICE) for heads in (6, 3, 3))
+    calibration = torch.tensor([0.0, 1, 1, 1, 1]) + 0.1 * torch.randn(6, 5, generator=generator)
+    cache, outputs, start = block_cache(config), [], 0
+    for size in (19, 1, 20, 24, 16):
+        part = [x[:, start : start + size] for x in (q, k, v)]
+        outputs.append(cache.attend(*part, scale=0.25, calibration=calibration.to(DEVICE)))
+        start += size
+    assert len(cache._caches) == 1
+    expected = reference_attention(q, k, v, config, scale=0.25, calibration=calibration.to(DEVICE))[0]
+    torch.testing.assert_close(torch.cat(outputs, 1).double(), expected, rtol=0, atol=3e-5)
 
 
 @gpu

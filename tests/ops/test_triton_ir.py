@@ -42,6 +42,16 @@ def test_decoding_in_16_bits(name):
     decoding.check(name, torch.float16, 2)
 
 
+@pytest.mark.parametrize(("name", "most"), [("plain", 1 << 30), ("units", 0), ("dropped far field", 1 << 30)])
+def test_decoding_of_heads_that_read_different_numbers(name, most, monkeypatch):
+    decoding.test_heads_that_read_different_numbers_are_one_step(name, most, monkeypatch)
+
+
+@pytest.mark.parametrize(("query", "held"), [(torch.float32, torch.float16), (torch.float16, torch.float32)])
+def test_decoding_of_queries_that_have_another_dtype_than_the_cache(query, held):
+    decoding.test_queries_need_not_have_the_dtype_of_the_cache(query, held)
+
+
 @pytest.mark.parametrize("token", [643, 1600])
 def test_a_key_that_is_no_number_shows(token):
     decoding.test_a_key_that_is_no_number_shows(token)

@@ -15,7 +15,7 @@ from bsbr.ops.running import SUMMARISED, RunningSummaries
 from bsbr.ops.stores import RecentStore, Store
 from bsbr.ops.summaries import uncalibrated
 from bsbr.ops.tensor_step import attend_by_tensors
-from bsbr.ops.triton.problem import why_not_decode
+from bsbr.ops.triton.problem import most_decoded, why_not_decode
 
 Mode = Literal["full", "offload", "states"]
 MODES: tuple[Mode, ...] = ("full", "offload", "states")
@@ -58,6 +58,8 @@ class BlockCache:
         config: the settings.
         mode: "full" keeps past keys and values on the device, "offload" on the host, "states" drops them, for
             selection="recent" all but the latest.
+        heads_together: take settings with numbers of blocks for each key head, at most `top_k`; only kernels can then
+            add tokens beyond `dense_until`.
 
     Example:
         >>> cache = BlockCache(BSBRConfig(block_size=4, top_k=1, dense_below=0))
@@ -68,9 +70,9 @@ class BlockCache:
         torch.Size([1, 1, 2, 8])
     """
 
-    def __init__(self, config: BSBRConfig, mode: Mode = "full") -> None:
+    def __init__(self, config: BSBRConfig, mode: Mode = "full", *, heads_together: bool = False) -> None:
         check_mode(config, mode)
-        if config.top_k_per_head is not None:
+        if config.top_k_per_head is not None and not heads_together:
             raise ValueError("a BlockCache reads one number of blocks for all heads: make it with `block_cache`")
         self.config, self.mode = config, mode
         self._per_block = config.block_size // config.unit
@@ -118,7 +120,9 @@ class BlockCache:
         if max(self.lengths) == 0:
             return self._first(q, k, v, scale, calibration, counts, sinks)
         with torch.no_grad():
-            calibration, pieces = calibration.to(wide), cut(tuple(self.lengths), counts, self.config)
+            calibration = calibration.to(wide)
+            most = () if self.config.top_k_per_head is None else (most_decoded(q, k),)
+            pieces = cut(tuple(self.lengths), counts, self.config, *most)
             sinks = None if sinks is None else sinks.to(wide)
             if len(pieces) == 1 and len(pieces[0].rows) == len(q) and pieces[0].stop == q.shape[1]:
                 return self._piece(pieces[0], q, k, v, scale, calibration, sinks)
@@ -222,7 +226,9 @@ class BlockCache:
         if known is None or (len(known), known.dtype, known.device) != (heads, dtype, device):
             with torch.inference_mode(False):
                 known = uncalibrated(heads, dtype, device)
-            if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):  # else a replay fills them
+            if not (
+                device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            ):  # made then, a replay fills them
                 self._neutral = known
         return known
 
@@ -286,6 +292,10 @@ class BlockCache:
         kernels = not piece.dense and (self.mode != "offload" or not self.config.top_k) and sinks is None
         if kernels and why_not_decode(q, k, v, self.config) is None:
             o = self._device_step.attend(piece, q, k, v, self.lengths, parts, self.config, calibration, scale)
+        elif self.config.top_k_per_head is not None and not piece.dense:
+            raise RuntimeError(
+                "this cache was begun by kernels, which cannot go on with such tensors: make a new cache"
+            )
         else:
             rows = None if len(piece.rows) == len(self.lengths) else row_numbers(piece.rows, q.device)
             o = attend_by_tensors(piece, rows, q, k, v, parts, self.config, calibration, scale, sinks)

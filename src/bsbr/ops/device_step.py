@@ -9,6 +9,7 @@ from bsbr.config import BSBRConfig
 from bsbr.ops.own_blocks import OwnBlocks
 from bsbr.ops.pieces import Piece, row_numbers
 from bsbr.ops.running import RunningSummaries
+from bsbr.ops.shares import on_device
 from bsbr.ops.stores import Store
 
 
@@ -33,7 +34,7 @@ class DeviceStep:
             q: [R, S, HQ, D]; k, v: [R, S, H, D].
             lengths: tokens of every row of the cache before.
             parts: the layer's own blocks, summaries, and keys and values where something is retrieved.
-            config: the settings.
+            config: the settings; numbers of blocks for each key head are at most `top_k`.
             calibration: [HQ, 5] float32.
             scale: factor on q.k.
         Returns:
@@ -48,7 +49,9 @@ class DeviceStep:
         held = Held(own.k, own.v, past_k, past_v, meta, mean_v, states)
         self._set(lengths, q.device)
         rows = row_numbers(piece.rows, q.device)
-        o = triton_decode(q, k, v, held, rows, self._lengths, config, calibration, scale)
+        numbers = config.top_k_per_head
+        counts = None if numbers is None else on_device(numbers, q.device)
+        o = triton_decode(q, k, v, held, rows, self._lengths, config, calibration, scale, counts)
         self.advance(piece.rows, piece.stop - piece.start)
         return o
 

@@ -35,13 +35,16 @@ class Piece(NamedTuple):
 
 
 @lru_cache(maxsize=16)  # every layer of a model asks for the same
-def cut(lengths: tuple[int, ...], counts: tuple[int, ...], config: BSBRConfig) -> tuple[Piece, ...]:
+def cut(
+    lengths: tuple[int, ...], counts: tuple[int, ...], config: BSBRConfig, most: int = _QUERIES
+) -> tuple[Piece, ...]:
     """Cut a call into pieces.
 
     Args:
         lengths: tokens that each row has already.
         counts: tokens that each row gets.
         config: the settings.
+        most: queries of a row in a piece that is not exact.
     Returns:
         The pieces, in the order in which they must be worked on.
 
@@ -50,10 +53,10 @@ def cut(lengths: tuple[int, ...], counts: tuple[int, ...], config: BSBRConfig) -
         >>> [(piece.start, piece.stop) for piece in cut((6,), (5,), config)]
         [(0, 2), (2, 5)]
     """
-    return tuple(_cut(lengths, counts, config))
+    return tuple(_cut(lengths, counts, config, most))
 
 
-def _cut(lengths: tuple[int, ...], counts: tuple[int, ...], config: BSBRConfig) -> Iterator[Piece]:
+def _cut(lengths: tuple[int, ...], counts: tuple[int, ...], config: BSBRConfig, most: int) -> Iterator[Piece]:
     size, dense, start = config.block_size, dense_until(config), 0
     while start < max(counts):
         active = [row for row, count in enumerate(counts) if count > start]
@@ -61,8 +64,7 @@ def _cut(lengths: tuple[int, ...], counts: tuple[int, ...], config: BSBRConfig) 
         for row in active:
             place = lengths[row] + start
             step = min(step, counts[row] - start, size - place % size)
-            if place < dense:
-                step = min(step, dense - place)
+            step = min(step, dense - place if place < dense else most)
         for exact in (True, False):
             rows = [row for row in active if (lengths[row] + start < dense) is exact]
             if rows:

@@ -1,12 +1,14 @@
-"""The cache of a layer whose key heads read different numbers of blocks: one cache for each number."""
+"""The cache of a layer whose key heads read different numbers of blocks."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
 from bsbr.config import BSBRConfig
 from bsbr.ops.block_cache import BlockCache, Mode, check_mode
-from bsbr.ops.shares import join_shares, shares_of, take_share
+from bsbr.ops.shares import Share, join_shares, shares_of, take_share
+from bsbr.ops.triton.problem import why_not_decode
 
 
 def block_cache(config: BSBRConfig, mode: Mode = "full") -> "BlockCache | SharedCache":
@@ -28,6 +30,8 @@ def block_cache(config: BSBRConfig, mode: Mode = "full") -> "BlockCache | Shared
 class SharedCache:
     """Several `BlockCache`s, each for the key heads that read the same number of blocks; used like one.
 
+    Where kernels decode it is one for all heads: they take a number for each.
+
     Args:
         config: the settings, with a `top_k_per_head`.
         mode: as for `BlockCache`.
@@ -36,8 +40,7 @@ class SharedCache:
     def __init__(self, config: BSBRConfig, mode: Mode = "full") -> None:
         check_mode(config, mode)
         self.config, self.mode = config, mode
-        self._shares = shares_of(config)
-        self._caches = [BlockCache(share.config, mode) for share in self._shares]
+        self._begin(shares_of(config))
 
     @property
     def lengths(self) -> list[int]:
@@ -71,6 +74,13 @@ class SharedCache:
         """
         if k.shape[2] != len(self.config.top_k_per_head or ()):
             raise ValueError(f"top_k_per_head must have {k.shape[2]} numbers, got {self.config.top_k_per_head}")
+        if not self.lengths:
+            whole = replace(self.config, top_k=self.config.max_top_k)
+            kernels = self.mode == "full" and sinks is None
+            if kernels and why_not_decode(q[:, :1], k[:, :1], v[:, :1], whole) is None:
+                self._begin([Share(tuple(range(k.shape[2])), whole)])
+            else:
+                self._begin(shares_of(self.config))
         parts = []
         for share, cache in zip(self._shares, self._caches, strict=True):
             own = [take_share(x, share.heads, k.shape[2]) for x in (q, k, v)]
@@ -85,6 +95,7 @@ class SharedCache:
         Args:
             k: keys, [B, T, H, D]; v: values, [B, T, H, Dv].
         """
+        self._begin(shares_of(self.config))
         for share, cache in zip(self._shares, self._caches, strict=True):
             cache.fill(*(take_share(x, share.heads, k.shape[2]) for x in (k, v)))
 
@@ -121,6 +132,11 @@ class SharedCache:
         """
         for cache in self._caches:
             cache.select(rows)
+
+    def _begin(self, shares: list[Share]) -> None:
+        """Start with an empty cache for each share."""
+        self._shares = shares
+        self._caches = [BlockCache(share.config, self.mode, heads_together=True) for share in shares]
 
     def num_bytes(self) -> dict[str, int]:
         """Return the memory the caches take, by kind: "device" and "host"."""

@@ -1,12 +1,13 @@
 """One step of decoding against a cache with ready summaries, in launches whose shapes do not depend on the text.
 
 How long each row is, is read on the device, so a CUDA graph of a step can be replayed. A column is one new token of
-one query head; C columns share a key head. All arithmetic is float32, scores and log-sum-exp are powers of two.
+one query head; C columns share a key head. Sums are float32, and so are products but those with keys and values of 16
+bits, for which weights are cut into two halves of 16 bits; scores and log-sum-exp are powers of two.
 
 1. `_score` appends the new keys and values and estimates the mass of each past block.
-2. `_attend` reads the `top_k` best blocks of each column and the own block exactly, the others by their mean values:
-   one part each. Each of its programs finds the best blocks for itself; where many columns keep the GPU busy,
-   `_select` has found them before.
+2. `_attend` reads the `top_k` best blocks of each column and the own block exactly, the others by their mean values,
+   several programs each, of which each makes one part. They find the best blocks for themselves; where many columns
+   keep the GPU busy, `_select` has found them before.
 3. `_merge` joins the parts, adds the state, and moves each row on.
 """
 
@@ -23,7 +24,7 @@ from bsbr.ops.triton.decode_kernels import _attend, _merge, _score, _select
 from bsbr.ops.triton.summaries import padded
 
 _PIECE_BYTES, _MOST_KEYS = 1 << 14, 64
-"""Largest piece of keys that is loaded at once."""
+"""Largest piece of keys of one load; all pieces of a program are on their way together."""
 
 _PIECES, _TILE, _FAR_PARTS = 2, 32, 16
 """Pieces of keys that one program reads, summaries and mean values read at once, and the most parts the far field is
@@ -60,7 +61,7 @@ class Held(NamedTuple):
 
 def triton_decode(
     q: Tensor, k: Tensor, v: Tensor, held: Held, rows: Tensor, lengths: Tensor, config: BSBRConfig,
-    calibration: Tensor, scale: float,
+    calibration: Tensor, scale: float, counts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Add new tokens to a cache and attend from them; their row is then that much longer.
 
@@ -74,6 +75,7 @@ def triton_decode(
         config: the settings.
         calibration: [HQ, 5] float32.
         scale: factor on q.k.
+        counts: blocks that queries of each key head read, at most `top_k`, [H] int64; None means `top_k` of them.
     Returns:
         o, [R, S, HQ, D] in the dtype of q.
     """
@@ -120,14 +122,14 @@ def triton_decode(
     )  # fmt: skip
     if many:
         _select[(zs,)](
-            mass, peaks, chosen, bounds, rows, lengths, heads, mass_lines, C=columns, EVERY=shared["EVERY"],
+            mass, peaks, chosen, bounds, rows, lengths, counts, heads, mass_lines, C=columns, EVERY=shared["EVERY"],
             EARLY=early, **blocks, **search, **launch,
         )  # fmt: skip
     _attend[(zs, far_parts + own * triton.cdiv(columns, 16) + columns * read)](
-        q, held.own_k, held.own_v, past_k, past_v, mean_v, mass, peaks, chosen, bounds, rows, lengths, part_o, part_lse,
-        *q.stride()[:3], heads, past_k.shape[2], room, mass_lines, scale * base, KEYS=keys, PIECES=_PIECES, READ=read,
-        OWN=own, FAR=far_parts, HERE=not many, **blocks, **search, **shared, **launch,
-        maxnreg=168 if width <= 128 else None,  # shared memory has room for three programs anyway
+        q, held.own_k, held.own_v, past_k, past_v, mean_v, mass, peaks, chosen, bounds, rows, lengths, counts, part_o,
+        part_lse, *q.stride()[:3], heads, past_k.shape[2], room, mass_lines, scale * base, KEYS=keys, PIECES=_PIECES,
+        READ=read, OWN=own, FAR=far_parts, HERE=not many, **blocks, **search, **shared, **launch,
+        maxnreg=168 if width <= 128 else None,  # for 16 bits shared memory has room for three programs anyway
     )  # fmt: skip
     _merge[(zs * columns,)](
         part_o, part_lse, by_state, calibration, rows, lengths, o, heads, EXACT=exact, FAR=far_parts,

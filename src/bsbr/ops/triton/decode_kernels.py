@@ -19,6 +19,12 @@ def _whose(z, heads, rows, EVERY: tl.constexpr):
     return row, row * heads + z % heads
 
 
+@triton.jit
+def _count_of(counts, z, heads, num, TOP_K: tl.constexpr):
+    """Blocks that queries of a key head read: TOP_K, or the head's number in `counts`, of which fewer may be past."""
+    return TOP_K if counts is None else tl.minimum(tl.load(counts + z % heads).to(tl.int32), num)
+
+
 @triton.jit(do_not_specialize=["heads", "room", "mass_lines"])
 def _score(
     q, k, v, own_k, own_v, meta, states, calibration, rows, lengths, mass, peaks, by_state,
@@ -101,7 +107,7 @@ def _score(
 
 @triton.jit(do_not_specialize=["heads", "mass_lines"])
 def _select(
-    mass, peaks, chosen, bounds, rows, lengths, heads, mass_lines, B: tl.constexpr, UNIT: tl.constexpr,
+    mass, peaks, chosen, bounds, rows, lengths, counts, heads, mass_lines, B: tl.constexpr, UNIT: tl.constexpr,
     TOP_K: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, BN: tl.constexpr, TP: tl.constexpr,
     EVERY: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -112,9 +118,9 @@ def _select(
     num = tl.load(lengths + row) // B * (B // UNIT)
     c, rank = tl.arange(0, CP)[:, None], tl.arange(0, BN)[None, :]
     column, real = z.to(tl.int64) * C + tl.minimum(c, C - 1), c < C
-    picked, last, rest = select(
-        mass, peaks, column, num, tl.cdiv(num, BN), mass_lines * 32, TOP_K + 1, TOP_K, CP, BN, TP
-    )
+    count = _count_of(counts, z, heads, num, TOP_K)
+    room, tiles = mass_lines * 32, tl.cdiv(num, BN)
+    picked, last, rest = select(mass, peaks, column, num, tiles, room, count + 1, count, TOP_K, CP, BN, TP)
     tl.store(chosen + column * TOP_K + rank, picked, mask=real & (rank < TOP_K))
     tl.store(bounds + column * 2, last, mask=real)
     tl.store(bounds + column * 2 + 1, rest, mask=real)
@@ -122,11 +128,16 @@ def _select(
 
 @triton.jit
 def _read_rows(k, v, offset, held, seen, query, scale, top, total, acc, D: tl.constexpr, DP: tl.constexpr):
-    """Take some keys and values that are `held` into the softmax of 16 queries, each by those that it has `seen`."""
+    """Take some keys and values that are `held` into the softmax of 16 queries, each by those that it has `seen`.
+
+    A value that is no number shows in all of them, as one later in the same step does in the tokens before it.
+    """
     d = tl.arange(0, DP)
     inside = held[:, None] & (d < D)[None, :]
     keys = tl.load(k + offset[:, None] + d[None, :], mask=inside, other=0.0)
     values = tl.load(v + offset[:, None] + d[None, :], mask=inside, other=0.0)
+    if keys.dtype != query.dtype:  # a cache that was filled under autocast, say
+        query, keys = query.to(tl.float32), keys.to(tl.float32)
     scores = tl.dot(query, tl.trans(keys), input_precision="tf32x3") * scale
     scores = tl.where(seen, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
@@ -149,7 +160,7 @@ def _means_and_masses(from_mean, from_mass, n, stop, inside):
 
 @triton.jit(do_not_specialize=["heads", "past_room", "room", "mass_lines"])
 def _attend(
-    q, own_k, own_v, past_k, past_v, mean_v, mass, peaks, chosen, bounds, rows, lengths, part_o, part_lse,
+    q, own_k, own_v, past_k, past_v, mean_v, mass, peaks, chosen, bounds, rows, lengths, counts, part_o, part_lse,
     qb, qt, qh, heads, past_room, room, mass_lines, score_scale,
     S: tl.constexpr, G: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, KEYS: tl.constexpr, PIECES: tl.constexpr,
     TOP_K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, READ: tl.constexpr, OWN: tl.constexpr,
@@ -162,37 +173,39 @@ def _attend(
     z, task = tl.program_id(0), tl.program_id(1)
     C: tl.constexpr = S * G
     PARTS: tl.constexpr = READ + OWN + FAR
+    OWN_TASKS: tl.constexpr = OWN * ((C + 15) // 16)
+    EACH: tl.constexpr = READ if READ > 0 else 1
     row, at = _whose(z, heads, rows, EVERY)
     place = tl.load(lengths + row)
     block, d = place // B, tl.arange(0, DP)
     num, inside = block * (B // UNIT), (d < D)[None, :]
-    first_column = z.to(tl.int64) * C
+    count, first_column = _count_of(counts, z, heads, num, TOP_K), z.to(tl.int64) * C
     mass_room, tiles = mass_lines * 32, tl.cdiv(room, BN)  # without `_select` all tiles have a peak
     if task >= FAR:
         m = tl.arange(0, 16)[:, None]  # tensor cores want 16 rows: columns, or one column 16 times
         task -= FAR
-        own = task < OWN * ((C + 15) // 16)
-        past_task = task - OWN * ((C + 15) // 16)
-        j = tl.where(own, task % OWN, past_task % (READ if READ > 0 else 1))
-        of_past = past_task // (READ if READ > 0 else 1)
+        own = task < OWN_TASKS
+        past_task = task - OWN_TASKS
+        j = tl.where(own, task % OWN, past_task % EACH)
+        of_past = past_task // EACH
         c = tl.where(own, task // OWN * 16 + m, of_past)
         real = tl.where(own, c < C, m == 0)
         c = tl.minimum(c, C - 1)
         own_head = (z % heads).to(tl.int64) * G + c % G
         own_q = q + (z // heads).to(tl.int64) * qb + c // G * qt + own_head * qh
-        query = tl.load(own_q + d[None, :], mask=inside & (m < 16), other=0.0)
+        query = tl.load(own_q + d[None, :], mask=inside, other=0.0)
         n, rank = tl.arange(0, KEYS), tl.arange(0, BN)[None, :]
         begin = j * (PIECES * KEYS)
-        stop = tl.where(own, place % B + c // G + 1, TOP_K * UNIT)
-        last = tl.where(own, place % B + S, TOP_K * UNIT)
+        stop = tl.where(own, place % B + c // G + 1, count * UNIT)
+        last = tl.where(own, place % B + S, count * UNIT)
         if own:
             picked = tl.zeros([1, BN], tl.int32)
             from_k, from_v = own_k + (at * 2 + block % 2) * B * D, own_v + (at * 2 + block % 2) * B * D
         else:
             column = tl.full([1, 1], 0, tl.int64) + (first_column + of_past)
             if HERE:
-                needed = tl.minimum((begin + PIECES * KEYS + UNIT - 1) // UNIT, TOP_K)
-                picked, _, _ = select(mass, peaks, column, num, tiles, mass_room, needed, TOP_K, 1, BN, TP)
+                needed = tl.minimum((begin + PIECES * KEYS + UNIT - 1) // UNIT, count)
+                picked, _, _ = select(mass, peaks, column, num, tiles, mass_room, needed, count, TOP_K, 1, BN, TP)
             else:
                 picked = tl.load(chosen + column * TOP_K + rank, mask=rank < TOP_K, other=0)
             from_k, from_v = past_k + at * past_room * D, past_v + at * past_room * D
@@ -223,9 +236,9 @@ def _attend(
         from_mass = mass + own_column * mass_room + at_n[None, :]
         means, masses = _means_and_masses(from_mean, from_mass, at_n, stop_n, inside)
         next_means, next_masses = _means_and_masses(from_mean + BN * D, from_mass + BN, at_n + BN, stop_n, inside)
-        tl.debug_barrier()  # or the compiler loads them once the choice is made, behind all keys and values
+        tl.debug_barrier()  # or the compiler loads them once the choice is made, behind what all others then read
         if HERE:
-            _, below, rest = select(mass, peaks, own_column, num, tiles, mass_room, TOP_K + 1, TOP_K, CP, BN, TP)
+            _, below, rest = select(mass, peaks, own_column, num, tiles, mass_room, count + 1, count, TOP_K, CP, BN, TP)
         else:
             below, rest = tl.load(bounds + own_column * 2), tl.load(bounds + own_column * 2 + 1)
         most = score_of(rest)  # the largest mass that is left is known, so weights need no other scale

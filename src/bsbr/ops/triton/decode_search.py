@@ -29,11 +29,11 @@ def score_of(key):
 
 
 @triton.jit
-def _best(bits, places, rounds, COUNT: tl.constexpr, CP: tl.constexpr, WIDE: tl.constexpr):
+def _best(bits, places, rounds, count, CP: tl.constexpr, WIDE: tl.constexpr):
     """Where the largest of some numbers, rows of [CP, WIDE], are, best first, of equal ones the lower first.
 
-    One is found in a round, COUNT at most. Returns places [CP, WIDE]; and the last of COUNT and the next best as
-    `ordered` numbers, [CP, 1], which takes COUNT + 1 rounds.
+    One is found in a round, `count` at most. Returns places [CP, WIDE]; and the last of `count` and the next best as
+    `ordered` numbers, [CP, 1], which takes count + 1 rounds.
     """
     rank = tl.arange(0, WIDE)[None, :]
     picked = tl.full([CP, WIDE], _NOWHERE, tl.int32)
@@ -54,24 +54,25 @@ def _best(bits, places, rounds, COUNT: tl.constexpr, CP: tl.constexpr, WIDE: tl.
         bits = left
         # not by way of the other: the compiler takes what begins as the same value for what a loop leaves as it is
         rest = ordered(best, place)
-        last = tl.where(j < COUNT, rest, last)
-        picked = tl.where((rank == j) & (j < COUNT) & (best != LEAST), place, picked)
+        last = tl.where(j < count, rest, last)
+        picked = tl.where((rank == j) & (j < count) & (best != LEAST), place, picked)
     return picked, last, rest
 
 
 @triton.jit
 def select(
-    mass, peaks, column, num, tiles, room, rounds, TOP_K: tl.constexpr, CP: tl.constexpr, BN: tl.constexpr,
+    mass, peaks, column, num, tiles, room, rounds, count, TOP_K: tl.constexpr, CP: tl.constexpr, BN: tl.constexpr,
     TP: tl.constexpr,
 ):  # fmt: skip
     """The best blocks of some columns [CP, 1], and the bounds of what is left to the far field.
 
     The best blocks, however many, lie in as many tiles of BN blocks, here 32, whose largest mass is largest. So for the
-    best few as many rounds are enough, and for the bounds TOP_K + 1.
+    best few as many rounds are enough, and for the bounds count + 1; TOP_K is the most that `count` is.
 
     Of the `tiles` whose peaks are read here, those after the past have LEAST.
 
-    Returns their numbers, best first, [CP, BN], and the last of them and the next best as `ordered` numbers.
+    Returns their numbers, best first, [CP, BN], and the last of them and the next best as `ordered` numbers, which mean
+    nothing after fewer rounds.
     """
     # numbers of a column come in rows of 32, as many as a warp has threads: it finds their best without other warps,
     # and for 32-bit integers by one instruction
@@ -80,7 +81,7 @@ def select(
         tile = r * BN + lane
         bits += (tl.load(peaks + column * TP + tile, mask=tile < tiles, other=LEAST),)
         places += (tl.zeros([CP, BN], tl.int32) + tile,)
-    picked, last, rest = _best(bits, places, rounds, TOP_K, CP, BN)
+    picked, last, rest = _best(bits, places, rounds, count, CP, BN)
     if TOP_K > 0:
         bits, places = (), ()
         for r in tl.static_range(TOP_K):
@@ -88,6 +89,6 @@ def select(
             own = bits_of(tl.load(mass + column * room + n, mask=n < num, other=0.0))
             bits += (tl.where(n < num, own, LEAST),)
             places += (n,)
-        picked, last, others = _best(bits, places, rounds, TOP_K, CP, BN)
+        picked, last, others = _best(bits, places, rounds, count, CP, BN)
         rest = tl.maximum(rest, others)
     return picked, last, rest

@@ -62,8 +62,8 @@ def attend_and_choose(
     Args:
         q, k, v, config, scale, q_start, calibration, block_indices: as there.
     Returns:
-        o [B, Tq, HQ, D]; lse [B, Tq, HQ] float32; blocks of the last S queries, best first, [B, S, HQ, top_k] int32,
-        -1 where a query reads fewer.
+        o [B, Tq, HQ, D]; lse [B, Tq, HQ] float32; blocks of the last S queries, [B, S, HQ, top_k] int32,
+        -1 where a query reads fewer: those given, or those chosen, the best first.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     numbers = config.top_k_per_head

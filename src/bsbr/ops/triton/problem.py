@@ -160,6 +160,21 @@ def _part_bytes(q: Tensor, k: Tensor, most: int) -> int:
     return q.shape[1] * (q.shape[2] // k.shape[2]) * parts * q.shape[3] * q.element_size()
 
 
+def most_decoded(q: Tensor, k: Tensor) -> int:
+    """Return how many new tokens of a row one step of decoding kernels takes.
+
+    Args:
+        q: [R, S, HQ, D]; k: [R, S, H, D].
+    Returns:
+        The number; 0 where one token has more query heads a key head than a program holds.
+
+    Example:
+        >>> most_decoded(torch.zeros(1, 1, 8, 64), torch.zeros(1, 1, 2, 64))
+        8
+    """
+    return _MOST_COLUMNS // (q.shape[2] // k.shape[2])
+
+
 def why_not_decode(q: Tensor, k: Tensor, v: Tensor, config: BSBRConfig) -> str | None:
     """Say what keeps the kernels from decoding new tokens.
 
@@ -175,7 +190,7 @@ def why_not_decode(q: Tensor, k: Tensor, v: Tensor, config: BSBRConfig) -> str |
         '40 columns'
     """
     columns = q.shape[1] * (q.shape[2] // k.shape[2])
-    if columns > _MOST_COLUMNS:
+    if q.shape[1] > most_decoded(q, k):
         return f"{columns} columns"
     if config.far == "drop" and not config.top_k:
         return "nothing but the own block"
