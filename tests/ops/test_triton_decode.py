@@ -227,6 +227,19 @@ def test_a_cuda_graph_of_a_step_goes_on_through_the_text():
     assert torch.equal(torch.cat(outputs, 1), decoded(again, tensors, case.calibration, start, 12_000, 1))
 
 
+@pytest.mark.parametrize(("driver", "early"), [(12_020, False), (13_000, True)])
+def test_launches_go_out_early_where_a_graph_can_hold_that(driver, early, monkeypatch):
+    decode = pytest.importorskip("bsbr.ops.triton.decode")
+    assert decode._driver_version() >= 12_000 if GPU else decode._driver_version() >= 0
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(decode, "_driver_version", lambda: driver)
+    decode._starts_early.cache_clear()
+    assert decode._starts_early(torch.device("cuda", 0)) is early
+    assert not decode._starts_early(torch.device("cpu"))
+    decode._starts_early.cache_clear()
+
+
 @not_interpreted
 def test_kernels_under_the_interpreter():
     pass_under_the_interpreter(__file__)

@@ -11,8 +11,10 @@ bits, for which weights are cut into two halves of 16 bits; scores and log-sum-e
 3. `_merge` joins the parts, adds the state, and moves each row on.
 """
 
+import ctypes
 import functools
 import math
+import os
 from typing import NamedTuple
 
 import torch
@@ -34,10 +36,27 @@ _SPAN, _MANY_COLUMNS = 2, 128
 """Tiles of summaries that one program scores where this many columns keep the GPU busy; otherwise one."""
 
 
+_EDGES = 12_030
+"""CUDA version of the first driver whose graphs hold a launch that goes out before the one in front of it has ended."""
+
+
 @functools.cache
 def _starts_early(device: torch.device) -> bool:
-    """Whether a GPU can have a launch on its way before the one in front of it has ended (from Hopper on)."""
-    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether a GPU, from Hopper on, and its driver can have a launch on its way before the one in front has ended."""
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    return _driver_version() >= _EDGES
+
+
+def _driver_version() -> int:
+    """CUDA version of the driver, 13000 for 13.0; 0 where it cannot be asked. PyTorch does not tell."""
+    version = ctypes.c_int(0)
+    try:
+        library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        failed = library.cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return 0 if failed else version.value
 
 
 class Held(NamedTuple):
