@@ -148,10 +148,10 @@ def test_heads_that_read_different_numbers_are_one_step(name, most, monkeypatch)
 
     monkeypatch.setattr(decode, "_MANY_COLUMNS", most)
     config, generator = NUMBERS[name], torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 88, heads, 16, generator=generator).to(DEVICE) for heads in (6, 3, 3))
+    q, k, v = (torch.randn(2, 96, heads, 16, generator=generator).to(DEVICE) for heads in (6, 3, 3))
     calibration = torch.tensor([0.0, 1, 1, 1, 1]) + 0.1 * torch.randn(6, 5, generator=generator)
     cache, outputs, start = block_cache(config), [], 0
-    for size in (19, 1, 20, 24, 24):
+    for size in (19, 1, 20, 24, 32):
         part = [x[:, start : start + size] for x in (q, k, v)]
         outputs.append(cache.attend(*part, scale=0.25, calibration=calibration.to(DEVICE)))
         start += size

@@ -44,7 +44,8 @@ def cut(
         lengths: tokens that each row has already.
         counts: tokens that each row gets.
         config: the settings.
-        most: queries of a row in a piece that is not exact.
+        most: queries of a row in a piece that is not exact; if few, they are a power of two, since kernels are compiled
+            for each number.
     Returns:
         The pieces, in the order in which they must be worked on.
 
@@ -52,6 +53,8 @@ def cut(
         >>> config = BSBRConfig(block_size=4, top_k=0, dense_below=0)
         >>> [(piece.start, piece.stop) for piece in cut((6,), (5,), config)]
         [(0, 2), (2, 5)]
+        >>> [(piece.start, piece.stop) for piece in cut((6,), (5,), config, most=8)]
+        [(0, 2), (2, 4), (4, 5)]
     """
     return tuple(_cut(lengths, counts, config, most))
 
@@ -65,6 +68,8 @@ def _cut(lengths: tuple[int, ...], counts: tuple[int, ...], config: BSBRConfig, 
             place = lengths[row] + start
             step = min(step, counts[row] - start, size - place % size)
             step = min(step, dense - place if place < dense else most)
+        if most < _QUERIES:
+            step = 1 << step.bit_length() - 1
         for exact in (True, False):
             rows = [row for row in active if (lengths[row] + start < dense) is exact]
             if rows:
