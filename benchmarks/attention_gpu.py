@@ -129,12 +129,12 @@ def _flex_call(tensors: list[Tensor], config: BSBRConfig) -> Callable[[], object
 
 def _choice(tensors: list[Tensor], config: BSBRConfig) -> tuple[Tensor, Tensor]:
     """The output, and the blocks chosen for the sparse queries, [1, S, HQ, top_k]."""
-    from bsbr.ops.triton.operator import attend_and_choose
+    from bsbr.ops.triton.operator import triton_attention
 
     q, k, v = tensors[:3]
     calibration = torch.tensor(UNCALIBRATED, device="cuda").expand(q.shape[2], 5).contiguous()
     with torch.no_grad():
-        o, _, chosen = attend_and_choose(q, k, v, config, scale=q.shape[3] ** -0.5, q_start=0, calibration=calibration)
+        o, _, chosen = triton_attention(q, k, v, config, scale=q.shape[3] ** -0.5, q_start=0, calibration=calibration)
     return o, chosen
 
 

@@ -7,6 +7,7 @@ from bsbr.config import BSBRConfig
 from bsbr.ops import reference_attention
 from bsbr.ops.block_cache import BlockCache
 from bsbr.ops.shared_cache import block_cache
+from bsbr.ops.triton import early_launch
 from bsbr.ops.triton.problem import why_not_decode
 from tests.ops.cases import Case, error_bound
 from tests.ops.test_triton import DEVICE, GPU, gpu, needs_gpu, not_interpreted, pass_under_the_interpreter, runs_kernels
@@ -229,15 +230,16 @@ def test_a_cuda_graph_of_a_step_goes_on_through_the_text():
 
 @pytest.mark.parametrize(("driver", "early"), [(12_020, False), (13_000, True)])
 def test_launches_go_out_early_where_a_graph_can_hold_that(driver, early, monkeypatch):
-    decode = pytest.importorskip("bsbr.ops.triton.decode")
-    assert decode._driver_version() >= 12_000 if GPU else decode._driver_version() >= 0
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(decode, "_driver_version", lambda: driver)
-    decode._starts_early.cache_clear()
-    assert decode._starts_early(torch.device("cuda", 0)) is early
-    assert not decode._starts_early(torch.device("cpu"))
-    decode._starts_early.cache_clear()
+    monkeypatch.setattr(early_launch, "_driver_version", lambda: driver)
+    assert early_launch.starts_early.__wrapped__(torch.device("cuda", 0)) is early
+
+
+@gpu
+@needs_gpu
+def test_the_driver_tells_its_version():
+    assert early_launch._driver_version() >= 12_000
 
 
 @not_interpreted

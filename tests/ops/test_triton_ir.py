@@ -69,13 +69,13 @@ def test_many_blocks_where_some_are_no_number(infinite):
 
 def test_the_choice_of_blocks_is_told():
     """Benchmarks compare what they time with the reference, given the same choice."""
-    from bsbr.ops.triton.operator import attend_and_choose
+    from bsbr.ops.triton.operator import triton_attention
 
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 200, heads, 16, generator=generator) for heads in (4, 2, 2))
     config = BSBRConfig(block_size=16, top_k=2, dense_below=100)
     calibration = torch.tensor(UNCALIBRATED).expand(4, 5)
-    o, lse, chosen = attend_and_choose(q, k, v, config, scale=0.25, q_start=0, calibration=calibration)
+    o, lse, chosen = triton_attention(q, k, v, config, scale=0.25, q_start=0, calibration=calibration)
     expected, expected_lse, wanted = reference_attention(q, k, v, config)
     torch.testing.assert_close(o.double(), expected, rtol=0, atol=2e-5)
     torch.testing.assert_close(lse.double(), expected_lse.double(), rtol=0, atol=2e-5)

@@ -50,6 +50,23 @@ def test_gradients_are_those_of_the_recurrence():
     assert all(torch.allclose(*pair, rtol=0, atol=1e-11) for pair in zip(actual, expected, strict=True))
 
 
+def test_the_benchmark_computes_what_the_layers_of_qwen_3_5_do():
+    modeling = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")
+    from benchmarks.from_scratch import gated_delta_rule
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 150, 3, 16, generator=generator).requires_grad_() for _ in range(3))
+    given = {
+        "g": -torch.rand(2, 150, 3, generator=generator), "beta": torch.rand(2, 150, 3, generator=generator),
+        "initial_state": None, "output_final_state": False, "use_qk_l2norm_in_kernel": True,
+    }  # fmt: skip
+    theirs = modeling.torch_chunk_gated_delta_rule(q, k, v, **given)[0]
+    ours = gated_delta_rule(gated_delta_attention)(q, k, v, **given)[0]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    found, expected = (torch.autograd.grad(o.square().sum(), (q, k, v)) for o in (ours, theirs))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
 def test_it_is_stable_over_many_tokens_without_decay():
     """The same few keys written again and again with full strength: nothing grows, and float32 loses little."""
     q, k, v, log_decay, beta = inputs(3000, torch.float32)

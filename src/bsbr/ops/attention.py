@@ -179,7 +179,7 @@ def bsbr_attention(
     if config.selection == "recent" and block_indices is None and config.top_k:
         block_indices = recent_blocks(q, config, q_start)  # compiled code chooses by mass alone
     if name == "triton":
-        o, lse = triton_attention(
+        o, lse, _ = triton_attention(
             q, k, v, config, scale=scale, q_start=q_start, calibration=calibration, block_indices=block_indices
         )
     else:

@@ -55,11 +55,10 @@ class BlockCache:
     the running sum of first-order states are finished when a local block is.
 
     Args:
-        config: the settings.
+        config: the settings; with numbers of blocks for each key head, of which `top_k` is the most, only kernels go on
+            beyond `dense_until`, as `bsbr.ops.shared_cache.block_cache` sees to.
         mode: "full" keeps past keys and values on the device, "offload" on the host, "states" drops them, for
             selection="recent" all but the latest.
-        heads_together: take settings with numbers of blocks for each key head, at most `top_k`; only kernels can then
-            add tokens beyond `dense_until`.
 
     Example:
         >>> cache = BlockCache(BSBRConfig(block_size=4, top_k=1, dense_below=0))
@@ -70,10 +69,8 @@ class BlockCache:
         torch.Size([1, 1, 2, 8])
     """
 
-    def __init__(self, config: BSBRConfig, mode: Mode = "full", *, heads_together: bool = False) -> None:
+    def __init__(self, config: BSBRConfig, mode: Mode = "full") -> None:
         check_mode(config, mode)
-        if config.top_k_per_head is not None and not heads_together:
-            raise ValueError("a BlockCache reads one number of blocks for all heads: make it with `block_cache`")
         self.config, self.mode = config, mode
         self._per_block = config.block_size // config.unit
         self.reset()
@@ -121,8 +118,8 @@ class BlockCache:
             return self._first(q, k, v, scale, calibration, counts, sinks)
         with torch.no_grad():
             calibration = calibration.to(wide)
-            most = () if self.config.top_k_per_head is None else (most_decoded(q, k),)
-            pieces = cut(tuple(self.lengths), counts, self.config, *most)
+            most = None if self.config.top_k_per_head is None else most_decoded(q, k)
+            pieces = cut(tuple(self.lengths), counts, self.config, most)
             sinks = None if sinks is None else sinks.to(wide)
             if len(pieces) == 1 and len(pieces[0].rows) == len(q) and pieces[0].stop == q.shape[1]:
                 return self._piece(pieces[0], q, k, v, scale, calibration, sinks)
@@ -226,9 +223,8 @@ class BlockCache:
         if known is None or (len(known), known.dtype, known.device) != (heads, dtype, device):
             with torch.inference_mode(False):
                 known = uncalibrated(heads, dtype, device)
-            if not (
-                device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-            ):  # made then, a replay fills them
+            # not kept of a capture: it holds nothing until a replay
+            if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
                 self._neutral = known
         return known
 
@@ -293,9 +289,7 @@ class BlockCache:
         if kernels and why_not_decode(q, k, v, self.config) is None:
             o = self._device_step.attend(piece, q, k, v, self.lengths, parts, self.config, calibration, scale)
         elif self.config.top_k_per_head is not None and not piece.dense:
-            raise RuntimeError(
-                "this cache was begun by kernels, which cannot go on with such tensors: make a new cache"
-            )
+            raise RuntimeError("heads that read different numbers of blocks: make this cache with `block_cache`")
         else:
             rows = None if len(piece.rows) == len(self.lengths) else row_numbers(piece.rows, q.device)
             o = attend_by_tensors(piece, rows, q, k, v, parts, self.config, calibration, scale, sinks)

@@ -36,7 +36,7 @@ class Piece(NamedTuple):
 
 @lru_cache(maxsize=16)  # every layer of a model asks for the same
 def cut(
-    lengths: tuple[int, ...], counts: tuple[int, ...], config: BSBRConfig, most: int = _QUERIES
+    lengths: tuple[int, ...], counts: tuple[int, ...], config: BSBRConfig, most: int | None = None
 ) -> tuple[Piece, ...]:
     """Cut a call into pieces.
 
@@ -44,8 +44,8 @@ def cut(
         lengths: tokens that each row has already.
         counts: tokens that each row gets.
         config: the settings.
-        most: queries of a row in a piece that is not exact; if few, they are a power of two, since kernels are compiled
-            for each number.
+        most: queries of a row beyond `dense_until` that kernels take at once; since kernels are compiled for each
+            number, they are then a power of two. None where it does not matter.
     Returns:
         The pieces, in the order in which they must be worked on.
 
@@ -59,7 +59,7 @@ def cut(
     return tuple(_cut(lengths, counts, config, most))
 
 
-def _cut(lengths: tuple[int, ...], counts: tuple[int, ...], config: BSBRConfig, most: int) -> Iterator[Piece]:
+def _cut(lengths: tuple[int, ...], counts: tuple[int, ...], config: BSBRConfig, most: int | None) -> Iterator[Piece]:
     size, dense, start = config.block_size, dense_until(config), 0
     while start < max(counts):
         active = [row for row, count in enumerate(counts) if count > start]
@@ -67,9 +67,10 @@ def _cut(lengths: tuple[int, ...], counts: tuple[int, ...], config: BSBRConfig, 
         for row in active:
             place = lengths[row] + start
             step = min(step, counts[row] - start, size - place % size)
-            step = min(step, dense - place if place < dense else most)
-        if most < _QUERIES:
-            step = 1 << step.bit_length() - 1
+            if place < dense:
+                step = min(step, dense - place)
+        if most is not None and any(lengths[row] + start >= dense for row in active):
+            step = 1 << min(step, most).bit_length() - 1
         for exact in (True, False):
             rows = [row for row in active if (lengths[row] + start < dense) is exact]
             if rows:

@@ -136,7 +136,7 @@ class SharedCache:
     def _begin(self, shares: list[Share]) -> None:
         """Start with an empty cache for each share."""
         self._shares = shares
-        self._caches = [BlockCache(share.config, self.mode, heads_together=True) for share in shares]
+        self._caches = [BlockCache(share.config, self.mode) for share in shares]
 
     def num_bytes(self) -> dict[str, int]:
         """Return the memory the caches take, by kind: "device" and "host"."""

@@ -11,10 +11,7 @@ bits, for which weights are cut into two halves of 16 bits; scores and log-sum-e
 3. `_merge` joins the parts, adds the state, and moves each row on.
 """
 
-import ctypes
-import functools
 import math
-import os
 from typing import NamedTuple
 
 import torch
@@ -23,6 +20,7 @@ from torch import Tensor
 
 from bsbr.config import BSBRConfig
 from bsbr.ops.triton.decode_kernels import _attend, _merge, _score, _select
+from bsbr.ops.triton.early_launch import starts_early
 from bsbr.ops.triton.summaries import padded
 
 _PIECE_BYTES, _MOST_KEYS = 1 << 14, 64
@@ -34,29 +32,6 @@ cut into: the same for every number of rows, so that a row's bits do not depend 
 
 _SPAN, _MANY_COLUMNS = 2, 128
 """Tiles of summaries that one program scores where this many columns keep the GPU busy; otherwise one."""
-
-
-_EDGES = 12_030
-"""CUDA version of the first driver whose graphs hold a launch that goes out before the one in front of it has ended."""
-
-
-@functools.cache
-def _starts_early(device: torch.device) -> bool:
-    """Whether a GPU, from Hopper on, and its driver can have a launch on its way before the one in front has ended."""
-    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0):
-        return False
-    return _driver_version() >= _EDGES
-
-
-def _driver_version() -> int:
-    """CUDA version of the driver, 13000 for 13.0; 0 where it cannot be asked. PyTorch does not tell."""
-    version = ctypes.c_int(0)
-    try:
-        library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-        failed = library.cuDriverGetVersion(ctypes.byref(version))
-    except (OSError, AttributeError):
-        return 0
-    return 0 if failed else version.value
 
 
 class Held(NamedTuple):
@@ -101,7 +76,7 @@ def triton_decode(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     calibration = calibration.contiguous()
     (num_rows, steps, num_heads, width), heads = q.shape, k.shape[2]
-    early = _starts_early(q.device)
+    early = starts_early(q.device)
     zs, columns, room = num_rows * heads, steps * (num_heads // heads), held.meta.shape[2]
     past_k, past_v = (held.own_k, held.own_v) if held.past_k is None else (held.past_k, held.past_v)
     mean_v, states = (held.meta if x is None else x for x in (held.mean_v, held.states))

@@ -22,8 +22,8 @@ def triton_attention(
     scale: float,
     q_start: int,
     calibration: Tensor,
-    block_indices: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    block_indices: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the attention of `reference_attention` on a GPU, in memory linear in the number of tokens.
 
     Source: docs/method.md; the kernels are in the files beside this one, in the order of `forward`.
@@ -36,39 +36,15 @@ def triton_attention(
         calibration: [HQ, 5] float32.
         block_indices: selection to use, [B, Tq, HQ, top_k], or None to choose here.
     Returns:
-        o [B, Tq, HQ, D] in the dtype of q; lse [B, Tq, HQ] float32, without gradient.
-    """
-    o, lse, _ = attend_and_choose(
-        q, k, v, config, scale=scale, q_start=q_start, calibration=calibration, block_indices=block_indices
-    )
-    return o, lse.detach()
-
-
-def attend_and_choose(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    config: BSBRConfig,
-    *,
-    scale: float,
-    q_start: int,
-    calibration: Tensor,
-    block_indices: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute `triton_attention`, and say what blocks the queries read that do not read their whole past.
-
-    Source: docs/method.md.
-
-    Args:
-        q, k, v, config, scale, q_start, calibration, block_indices: as there.
-    Returns:
-        o [B, Tq, HQ, D]; lse [B, Tq, HQ] float32; blocks of the last S queries, [B, S, HQ, top_k] int32,
-        -1 where a query reads fewer: those given, or those chosen, the best first.
+        o [B, Tq, HQ, D] in the dtype of q; lse [B, Tq, HQ] float32, without gradient; the blocks of the S queries that
+        do not read their whole past, [B, S, HQ, top_k] int32, those given or those chosen, -1 where one reads fewer.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     numbers = config.top_k_per_head
     counts = None if numbers is None else on_device(numbers, q.device)
-    return _attention(q, k, v, calibration.contiguous(), block_indices, counts, encode(config), scale, q_start)
+    given = calibration.contiguous(), block_indices, counts, encode(config), scale, q_start
+    o, lse, chosen = _attention(q, k, v, *given)
+    return o, lse.detach(), chosen
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | None:

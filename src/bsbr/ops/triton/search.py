@@ -50,7 +50,7 @@ def choose_blocks(
     """
     most, groups = triton.next_power_of_2(problem.config.top_k), tiles.room // GROUP_BLOCKS
     by_tiles = groups > _MANY_GROUPS
-    rows = min(_ROWS_BY_TILES if by_tiles else _ROWS, tiles.rows)
+    rows = _ROWS_BY_TILES if by_tiles else _ROWS
     programs = tiles.count * (tiles.rows // rows)
     space = torch.empty(programs, rows, most * GROUP_BLOCKS, dtype=torch.int32, device=chosen.device)
     first_level = tiles.room // tiles.blocks if by_tiles else groups
