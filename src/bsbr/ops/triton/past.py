@@ -13,7 +13,7 @@ from bsbr.ops.triton.short_scores import STEPS, above
 from bsbr.ops.triton.summaries import FarField, padded
 
 _SCORE_BYTES = 1 << 30
-"""Scores of past blocks that are held at once."""
+"""Scores of past blocks that are held at once, or as much as the queries take if that is more."""
 
 
 def attend_past(
@@ -58,7 +58,8 @@ def attend_past(
     at_once = tiles * each
     score_bytes = 2 if problem.short_scores else 4
     if room:  # the query heads of a key head together
-        at_once = min(at_once, max(1, _SCORE_BYTES // (score_bytes * rows * room * problem.group)) * problem.group)
+        most_bytes = max(_SCORE_BYTES, tensors[0].numel() * tensors[0].element_size())
+        at_once = min(at_once, max(1, most_bytes // (score_bytes * rows * room * problem.group)) * problem.group)
     blocks = 64 if problem.most_rows >= 64 and width <= 128 else 32
     new = chosen.new_empty
     each_score = new(at_once, room // 64, rows, 64, dtype=torch.int16 if problem.short_scores else torch.float32)

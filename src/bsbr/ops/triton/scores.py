@@ -210,16 +210,16 @@ def _write_scores(
     turned = place % (ROWS * LANE // 16) // LANE * 16 + place // (ROWS * LANE // 16) * LANE + place % LANE
     factor = mean_factor * STEPS if SHORT else mean_factor
     order = column // 2 % 4 * (BN // 4) + column // 8 * 2 + column % 2
-    # the next tile is on its way while this one is worked on
+    # The next tile is on its way while this one is worked on, from behind the products on: the fence in front of them
+    # waits for all that is on its way.
     next_n = tl.minimum(order, stop - 1)[None, :] * D + d[:, None]
     next_k = tl.load(centred_k + next_n, mask=(d < D)[:, None], other=0.0)
     next_var = tl.load(var_k + next_n, mask=(d < D)[:, None], other=0.0) if MOMENTS else next_k
     for start in range(0, stop, BN):
-        own_centred, own_var = next_k, next_var
+        tile = tile_scores(tile_q, square, next_k, next_var, factor[:, None], MOMENTS)
         next_n = tl.minimum(start + BN + order, stop - 1)[None, :] * D + d[:, None]
         next_k = tl.load(centred_k + next_n, mask=(d < D)[:, None], other=0.0)
         next_var = tl.load(var_k + next_n, mask=(d < D)[:, None], other=0.0) if MOMENTS else next_k
-        tile = tile_scores(tile_q, square, own_centred, own_var, factor[:, None], MOMENTS)
         if SHORT:
             tile += ROUNDING
         tile = tl.permute(tl.reshape(tile, [ROWS, BN // 8, 4, 2]), (0, 2, 1, 3))
