@@ -120,6 +120,19 @@ def test_a_search_for_many_blocks(way, monkeypatch):
     past.test_gradients_fit_the_scores_of_the_forward_pass(way, "plain")
 
 
+def test_scores_held_for_a_few_tiles_at_a_time(monkeypatch):
+    from bsbr.ops.triton import past as kernels
+
+    q, k, v = (x.half() for x in past.late(rows=80))
+    given = {"q_start": k.shape[1] - q.shape[1], "backend": "triton"}
+    whole = bsbr_attention(q, k, v, past.FAR, **given)
+    rounds, write = [], kernels.write_scores
+    monkeypatch.setattr(kernels, "write_scores", lambda *args: (rounds.append(args[1]), write(*args)))
+    monkeypatch.setattr(kernels, "_SCORE_BYTES", 0)
+    assert torch.equal(bsbr_attention(q, k, v, past.FAR, **given), whole)
+    assert len(rounds) == 5
+
+
 @pytest.mark.parametrize("counts", [None, (40, 33), (64, 50)], ids=str)
 def test_many_blocks(counts):
     past.test_more_blocks_than_the_search_writes_out(counts)
