@@ -1,6 +1,6 @@
 """The attention alone on a GPU against PyTorch's fastest kernels: time, peak memory, and first whether it is right.
 
-python benchmarks/attention_gpu.py --lengths 4096 16384 65536 131072
+python -m benchmarks.attention_gpu --lengths 4096 16384 65536 131072
 """
 
 import argparse
@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.attention_peers import OTHERS, other_call
 from bsbr.config import BSBRConfig
 from bsbr.evaluation.provenance import code_versions, without_folders
 from bsbr.files import write_json
@@ -50,6 +51,7 @@ def main() -> None:
         for name in options.passes:
             contenders = ["bsbr", *options.drop, *(peer for peer in options.peers if length <= options.longest_peer)]
             contenders += [FLEX] if length <= options.flex_until and name == "forward" else []
+            contenders += options.others if name == "forward" else []
             row = {
                 "length": length,
                 "pass": name,
@@ -88,6 +90,8 @@ def make_call(contender: str, name: str, tensors: list[Tensor], config: BSBRConf
 
     if contender == FLEX:
         return _flex_call(tensors, config)
+    if contender in OTHERS:
+        return torch.no_grad()(other_call(contender, tensors, config))
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if contender in ("bsbr", DROP):
@@ -255,6 +259,7 @@ def problem_parser(description: str) -> argparse.ArgumentParser:
 def _parser() -> argparse.ArgumentParser:
     parser = problem_parser(__doc__)
     parser.add_argument("--drop", action="store_const", const=(DROP,), default=(), help="time MoBA's form too")
+    parser.add_argument("--others", nargs="+", choices=OTHERS, default=[], help="other attentions, forward")
     parser.add_argument("--flex-until", type=int, default=0, help="FlexAttention is timed up to this length, forward")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--warm-until", type=int, default=1 << 19, help="beyond, a peer's first call is the timed one")

@@ -9,7 +9,7 @@ mkdir -p "$output"
 attention() { # file, then options
     file=$1
     shift
-    python3 benchmarks/attention_gpu.py --budget 0.3 "$@" --output "$output/$file.json"
+    python3 -m benchmarks.attention_gpu --budget 0.3 "$@" --output "$output/$file.json"
 }
 
 attention attention_gpu --drop --passes forward forward+backward --lengths 32768 131072 8192 16384 4096 12288 65536

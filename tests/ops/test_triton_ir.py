@@ -138,13 +138,16 @@ def test_many_blocks(counts):
     past.test_more_blocks_than_the_search_writes_out(counts)
 
 
-@pytest.mark.parametrize("by_tiles", [False, True], ids=["by groups", "by tiles"])
-def test_choices_in_16_bits(by_tiles, monkeypatch):
+@pytest.mark.parametrize("way", ["by groups", "by groups, 8 peaks at once", "by tiles", "by tiles, 1 of them at once"])
+def test_choices_in_16_bits(way, monkeypatch):
     """Scores and search of 16-bit input, which the interpreter cannot compute."""
     from bsbr.ops.triton import search
 
-    if by_tiles:
+    if "by tiles" in way:
         monkeypatch.setattr(search, "_MANY_GROUPS", 0)
+    if "at once" in way:
+        monkeypatch.setattr(search, "_AT_ONCE", 0)
+        monkeypatch.setattr(search, "_COLUMNS", 1 if "1 of" in way else 8)
     q, k, v = (x.half() for x in past.late())
     start = k.shape[1] - q.shape[1]
     found = choices("triton", q, k, v, past.FAR, past.UNCALIBRATED, start)

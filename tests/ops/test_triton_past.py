@@ -26,7 +26,11 @@ FAR = BSBRConfig(block_size=16, top_k=4, dense_below=0)
 UNCALIBRATED = torch.tensor([[0.0, 1, 1, 1, 1]], device=DEVICE).repeat(2, 1)
 
 
-@pytest.fixture(params=["16 bits", "by tiles", "16 bits, by tiles", pytest.param("many", marks=[gpu, needs_gpu])])
+@pytest.fixture(
+    params=[
+        "16 bits", "by tiles", "16 bits, by tiles", "8 peaks at once", pytest.param("many", marks=[gpu, needs_gpu])
+    ]
+)  # fmt: skip
 def way(request, monkeypatch) -> str:
     """Ask for it."""
     if "16 bits" in request.param and DEVICE == "cuda":
@@ -47,6 +51,9 @@ def ask_for(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
         )
     if "by tiles" in way:
         monkeypatch.setattr(search, "_MANY_GROUPS", 0)
+    if "peaks" in way:
+        monkeypatch.setattr(search, "_AT_ONCE", 0)
+        monkeypatch.setattr(search, "_COLUMNS", 8)
     if "many" in way:
         monkeypatch.setattr(past, "MOST_WRITTEN_OUT", 0)
     if "in parts" in way:

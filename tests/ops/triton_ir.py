@@ -180,7 +180,7 @@ class Program:
         while at < len(ops):
             op = ops[at]
             at += 1
-            if op.name in ("scf.yield", "tt.reduce.return", "tt.scan.return", "tt.return"):
+            if op.name in ("scf.yield", "scf.condition", "tt.reduce.return", "tt.scan.return", "tt.return"):
                 return self._operands(op)
             if op.name in ("cf.br", "cf.cond_br"):
                 at = self._jump(op, ops)
@@ -206,8 +206,8 @@ class Program:
 
     def _one(self, op: Op) -> tuple[Any, ...]:
         name = op.name
-        if name in ("scf.for", "scf.if", "tt.reduce", "tt.scan"):
-            return {"scf.for": self._for, "scf.if": self._if}.get(name, self._fold)(op)
+        if name in ("scf.for", "scf.while", "scf.if", "tt.reduce", "tt.scan"):
+            return {"scf.for": self._for, "scf.while": self._while, "scf.if": self._if}.get(name, self._fold)(op)
         before, _, after = op.text.rpartition(" : ")
         values, kinds = self._operands(op), _types(after)
         if name == "arith.constant":
@@ -254,6 +254,8 @@ class Program:
             return (product.astype(element),)
         if name == "tt.load":
             return (self._load(*values),)
+        if name == "tt.descriptor_load":
+            return (values[0].tile(tuple(int(x) for x in values[1:])),)
         if name == "tt.store":
             self._store(*values)
             return ()
@@ -317,6 +319,17 @@ class Program:
             now = self.run(op.regions[0])
         return now
 
+    def _while(self, op: Op) -> tuple[Any, ...]:
+        carried = re.findall(r"(%[\w.$-]+) = (%[\w.$#-]+)", op.text.partition(" : ")[0])
+        now = tuple(self.values[start] for _, start in carried)
+        while True:
+            self.values.update(zip((name for name, _ in carried), now, strict=True))
+            goes_on, *handed = self.run(op.regions[0])
+            if not goes_on:
+                return tuple(handed)
+            self.values.update(zip(op.arguments[1], handed, strict=True))
+            now = self.run(op.regions[1])
+
     def _if(self, op: Op) -> tuple[Any, ...]:
         condition = self.values[re.search(r"%[\w.$#-]+", op.text)[0]]  # type: ignore[index]
         if condition:
@@ -352,7 +365,7 @@ def _memory(x: torch.Tensor) -> np.ndarray | BFloat:
 _COMPILED: dict[Any, list[Op]] = {}
 
 
-def lowered(source: Any, options: dict[str, Any]) -> str:
+def lowered(source: Any, options: dict[str, Any], stage: str = "ttir") -> str:
     """Triton's IR of a kernel, after the passes over it."""
     from triton._C.libtriton import ir
     from triton.backends.compiler import GPUTarget
@@ -367,13 +380,17 @@ def lowered(source: Any, options: dict[str, Any]) -> str:
     stages: dict[str, Any] = {}
     backend.add_stages(stages, parsed, source.language)
     functions = backend.get_codegen_implementation(parsed), backend.get_module_map(), context
-    return str(stages["ttir"](source.make_ir(target, parsed, *functions), {}))
+    return str(stages[stage](source.make_ir(target, parsed, *functions), {}))
 
 
 def launch(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
     """Do what `kernel[grid](*args, **kwargs)` does; takes the place of `triton.runtime.jit.JITFunction.run`."""
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
+    from tests.ops import gluon_ir
+
+    program = gluon_ir.GluonProgram if kernel.is_gluon() else Program
     given = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in kernel.arg_names}
     kept = {param.name for param in kernel.params if param.do_not_specialize}
     signature: dict[str, str] = {}
@@ -382,6 +399,9 @@ def launch(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: A
         value = given[param.name]
         if param.is_constexpr or value is None or (isinstance(value, int) and value == 1 and param.name not in kept):
             signature[param.name], constants[at,] = "constexpr", value
+        elif hasattr(value, "block_shape"):
+            layout = f",{value.layout!r}" if kernel.is_gluon() else ""
+            signature[param.name] = f"tensordesc<{_NAMES[value.base.dtype]}{list(value.block_shape)}{layout}>"
         elif isinstance(value, torch.Tensor):
             signature[param.name] = f"*{_NAMES[value.dtype]}"
         else:
@@ -389,7 +409,10 @@ def launch(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: A
     key = kernel.fn.__qualname__, kernel.fn.__module__, tuple(signature.items()), tuple(constants.items())
     if key not in _COMPILED:
         options = {name: kwargs[name] for name in ("num_warps", "num_stages") if name in kwargs}
-        _COMPILED[key] = parse(lowered(ASTSource(kernel, signature, constants), options))
+        if kernel.is_gluon():
+            _COMPILED[key] = gluon_ir.lower(lowered(GluonASTSource(kernel, signature, constants), options, "ttgir"))
+        else:
+            _COMPILED[key] = parse(lowered(ASTSource(kernel, signature, constants), options))
     sizes = grid(given) if callable(grid) else grid
     whole = (*(int(size) for size in sizes), 1, 1)[:3]
     start = {}
@@ -397,10 +420,13 @@ def launch(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: A
         value = given[param.name]
         if isinstance(value, torch.Tensor):
             start[f"%{param.name}"] = Pointer(_memory(value), np.int64(0))
+        elif hasattr(value, "block_shape"):
+            memory = _memory(value.base)
+            start[f"%{param.name}"] = gluon_ir.Descriptor(memory, tuple(value.shape), tuple(value.block_shape))
         elif signature[param.name] != "constexpr":
             start[f"%{param.name}"] = np.asarray(value, _TYPES[signature[param.name].replace("fp", "f")])
     with np.errstate(all="ignore"):
         for x in range(whole[0]):
             for y in range(whole[1]):
                 for z in range(whole[2]):
-                    Program((x, y, z), whole, dict(start)).run(_COMPILED[key])
+                    program((x, y, z), whole, dict(start)).run(_COMPILED[key])

@@ -4,10 +4,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from bsbr.ops.triton import hopper
 from bsbr.ops.triton.problem import Problem
 from bsbr.ops.triton.scores import Scores, Tiles, score_at, score_factors, tile_of, write_scores
-from bsbr.ops.triton.search import MOST_WRITTEN_OUT, choose_blocks, strike_out
+from bsbr.ops.triton.search import MOST_WRITTEN_OUT, choose_blocks, reads_peaks, strike_out
 from bsbr.ops.triton.search_many import choose_many_blocks
 from bsbr.ops.triton.short_scores import STEPS, above
 from bsbr.ops.triton.summaries import FarField, padded
@@ -65,12 +67,22 @@ def attend_past(
     each_score = new(at_once, room // 64, rows, 64, dtype=torch.int16 if problem.short_scores else torch.float32)
     # the search reads whole tiles of peaks and bests, perhaps beyond those of the last query
     bests = new(at_once * (room // blocks) * rows + 64 * rows, dtype=torch.float32)
-    peaks = new(at_once * rows * room // 8 + 64, dtype=torch.float32)
+    wanted = choose and config.top_k <= MOST_WRITTEN_OUT and reads_peaks(room)
+    peaks = new(at_once * rows * room // 8 + 64, dtype=torch.float32) if wanted else None
     scores = Scores(each_score, bests, peaks)
     tops = new(at_once, rows, dtype=torch.float32)
+    values = arranged = None
+    if far and hopper.copies_tiles(problem, tensors[0]):
+        values = TensorDescriptor.from_tensor(field.mean_v.view(-1, width), [blocks, padded(width)])
+    if room and hopper.scores_in_gluon(problem, tensors[0]):
+        from bsbr.ops.triton import scores_hopper
+
+        arranged = scores_hopper.arrange(field)
     for first in range(0, tiles * each, at_once):
         here = Tiles(first, min(at_once, tiles * each - first), tiles, rows, room, heads_here, blocks)
-        if room:
+        if arranged is not None:
+            scores_hopper.write_scores_on_hopper(problem, here, tensors[0], arranged, calibration, scores)
+        elif room:
             write_scores(problem, here, tensors[0], field, calibration, scores)
         if choose:
             search = choose_blocks if config.top_k <= MOST_WRITTEN_OUT else choose_many_blocks
@@ -78,7 +90,7 @@ def attend_past(
         elif far and config.top_k:
             strike_out(problem, here, scores.each, chosen)
         _attend_past[(here.count,)](
-            *tensors, field.mean_v, field.first_k, field.states, calibration, part_o, part_lse, scores.each,
+            *tensors, field.mean_v, values, field.first_k, field.states, calibration, part_o, part_lse, scores.each,
             scores.bests, tops, *(stride for x in tensors for stride in x.stride()[:3]),
             tensors[1].shape[2], each, heads_here.start, first, tiles, field.centred_k.shape[1],
             field.states.shape[1], room, problem.sparse_start, problem.q_start, problem.num_queries,
@@ -105,10 +117,16 @@ def _tile_at(scores, bests, top, start, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def _read_far(
-    scores, bests, mean_v, top, stop, find: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr,
+    scores, bests, mean_v, values, row, top, stop, find: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The softmax over the scores that are left; `top` is about the largest of them, and is found if `find` says so."""
+    """The softmax over the scores that are left; `top` is about the largest of them, and is found if `find` says so.
+
+    Whole tiles of mean values come by their descriptor, if there is one, two of them and of scores on their way while
+    one is worked on. Their weights are added by a product with ones: so they are in no other layout than that of the
+    products, and what reads the sums waits for both products before the weights are replaced. The last tile would bring
+    blocks that are not past.
+    """
     column, d = tl.arange(0, BN), tl.arange(0, DP)
     if find:
         most = tl.full([BM, BN], float("-inf"), tl.float32)
@@ -118,14 +136,22 @@ def _read_far(
         top = tl.max(most, 1)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, DP], tl.float32)
-    for start in range(0, stop, BN):
+    whole = 0
+    if values is not None:
+        whole = stop // BN * BN
+        ones = tl.full([BN, 16], 1.0, mean_v.dtype.element_ty)
+        for start in tl.range(0, whole, BN, num_stages=3):
+            own_v = values.load([row.to(tl.int32) + start, 0])
+            rounded = tl.exp2(_tile_at(scores, bests, top, start, BM, BN)).to(own_v.dtype)
+            acc = tl.dot(rounded, own_v, acc)
+            total += tl.max(tl.dot(rounded, ones), 1)
+    for start in range(whole, stop, BN):
         own = _tile_at(scores, bests, top, start, BM, BN)
-        own = tl.where((start + column < stop)[None, :], own, float("-inf"))
+        weights = tl.exp2(tl.where((start + column < stop)[None, :], own, float("-inf")))
         n = tl.minimum(start + column, stop - 1)[:, None] * D + d[None, :]
-        values = tl.load(mean_v + n, mask=(d < D)[None, :], other=0.0)
-        weights = tl.exp2(own)
+        own_v = tl.load(mean_v + row * D + n, mask=(d < D)[None, :], other=0.0)
         total += tl.sum(weights, 1)
-        acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
+        acc = tl.dot(weights.to(own_v.dtype), own_v, acc, input_precision="ieee")
     return top, total, acc
 
 
@@ -144,7 +170,7 @@ def _read_far(
     ]
 )
 def _attend_past(
-    q, k, v, mean_v, first_k, states, calibration, part_o, part_lse, scores, bests, tops,
+    q, k, v, mean_v, values, first_k, states, calibration, part_o, part_lse, scores, bests, tops,
     qb, qt, qh, kb, kt, kh, vb, vt, vh,
     heads, heads_all, first_head, first_work, num_tiles, num_blocks, num_states, room, sparse_start, q_start,
     num_queries, score_scale, scale,
@@ -171,7 +197,8 @@ def _attend_past(
         if not FIND:
             top = tl.load(tops + at + tl.arange(0, BM))
         top, total, acc = _read_far(
-            scores + at * room, bests + at * (room // BN), mean_v + z * num_blocks * D, top, stop, FIND, D, DP, BM, BN
+            scores + at * room, bests + at * (room // BN), mean_v, values, z * num_blocks, top, stop, FIND, D, DP, BM,
+            BN,
         )  # fmt: skip
         if GAPS:  # of queries that read all of their past nothing is left, whatever the scores struck out say
             left = top > -1e37

@@ -28,8 +28,8 @@ class Scores(NamedTuple):
     """[tiles, room / 64, rows, 64] float32, or int16 as `bsbr.ops.triton.short_scores` says."""
     bests: Tensor
     """The best of each tile of blocks, [tiles, room / blocks, rows] float32."""
-    peaks: Tensor
-    """The best of every GROUP_BLOCKS, [tiles, rows, room / GROUP_BLOCKS] float32."""
+    peaks: Tensor | None
+    """The best of every GROUP_BLOCKS, [tiles, rows, room / GROUP_BLOCKS] float32; None where nobody looks for them."""
 
 
 class Tiles(NamedTuple):
@@ -201,7 +201,8 @@ def _write_scores(
     var_k += z * num_blocks * D
     scores += tl.program_id(0).to(tl.int64) * ROWS * room
     bests += tl.program_id(0).to(tl.int64) * ROWS * (room // BN)
-    peaks += tl.program_id(0).to(tl.int64) * ROWS * (room // GROUP)
+    if peaks is not None:
+        peaks += tl.program_id(0).to(tl.int64) * ROWS * (room // GROUP)
     # In the result of a product a thread holds columns 2 i, 2 i + 1 of every 8. Blocks are laid to columns such that
     # those are blocks in a row: then a thread finds the largest of a group alone, and writes them together.
     column = tl.arange(0, BN)
@@ -238,7 +239,8 @@ def _write_scores(
         tile = tl.reshape(tl.permute(tile, (1, 0, 2, 3)), [ROWS, BN])
         block = start + tl.arange(0, BN)[None, :]
         tl.store(scores + (turned // BM * (BM * room))[:, None] + score_at((turned % BM)[:, None], block, BM), tile)
-        at = place[:, None] * (room // GROUP) + start // GROUP
-        tl.store(peaks + at + tl.arange(0, BN // GROUP)[None, :], most)
+        if peaks is not None:
+            at = place[:, None] * (room // GROUP) + start // GROUP
+            tl.store(peaks + at + tl.arange(0, BN // GROUP)[None, :], most)
         at = place // BM * (BM * (room // BN)) + start // BN * BM + place % BM
         tl.store(bests + at, best)

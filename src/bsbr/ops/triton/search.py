@@ -4,7 +4,7 @@ Of every 8 blocks in a row the largest score is kept as the peak of the group. T
 `top_k` groups of largest peak (each of these groups has a block at least as good as any other group's best, and of
 equal ones the lower), so a query looks at N / 8 peaks and 8 * top_k scores instead of N. Of a long past the groups are
 found in the same way, in the tiles of blocks that hold the best: then a query looks at N / 64 of these and at
-8 * top_k peaks.
+64 * top_k scores, whose peaks are not kept.
 """
 
 import torch
@@ -22,17 +22,23 @@ _NONE = tl.constexpr(-(2**31))
 _NOWHERE = tl.constexpr(1 << 24)
 """A group after all groups."""
 
-
-_ROWS, _ROWS_BY_TILES = 4, 2
-"""Queries that one warp searches for: no other waits for it, and its registers leave room for 28 warps; by way of the
-tiles they take twice as many each."""
+_ROWS = 4
+"""Queries that one warp searches for: no other waits for it, and its registers leave room for 32 warps."""
 
 MOST_WRITTEN_OUT = 32
-"""Blocks that the search writes out one after the other at most: it takes the compiler 3 s for 16, 11 s for 32 and 75 s
-for 48, once for every number."""
+"""Blocks that the search writes out one after the other at most: registers hold no more, and it takes the compiler 2 s
+for 16, 4 s for 32 and 13 s beyond _AT_ONCE tiles, once for every number."""
 
-_MANY_GROUPS = 128
+_MANY_GROUPS = 64
 """Groups beyond which the best are found by way of the tiles of blocks."""
+
+_AT_ONCE, _COLUMNS = 128, 64
+"""Most peaks of a query that are searched at once; of more, so many after the other are inserted among the best."""
+
+
+def reads_peaks(room: int) -> bool:
+    """Whether the search looks at the best of every GROUP_BLOCKS of so many blocks."""
+    return room // GROUP_BLOCKS <= _MANY_GROUPS
 
 
 def choose_blocks(
@@ -48,17 +54,17 @@ def choose_blocks(
         chosen: where to put the blocks, best first, [B, S, HQ, top_k] int32; -1 where a query reads fewer.
         counts: blocks that a query of each key head reads, [H] int64; None where each reads `top_k`.
     """
-    most, groups = triton.next_power_of_2(problem.config.top_k), tiles.room // GROUP_BLOCKS
-    by_tiles = groups > _MANY_GROUPS
-    rows = _ROWS_BY_TILES if by_tiles else _ROWS
-    programs = tiles.count * (tiles.rows // rows)
-    space = torch.empty(programs, rows, most * GROUP_BLOCKS, dtype=torch.int32, device=chosen.device)
-    first_level = tiles.room // tiles.blocks if by_tiles else groups
+    most, by_tiles = triton.next_power_of_2(problem.config.top_k), not reads_peaks(tiles.room)
+    programs = tiles.count * (tiles.rows // _ROWS)
+    space = torch.empty(programs, 2, _ROWS, most, dtype=torch.int32, device=chosen.device)
+    first_level = tiles.room // (tiles.blocks if by_tiles else GROUP_BLOCKS)
+    columns = max(16, triton.next_power_of_2(first_level))
+    once = columns <= _AT_ONCE
     _choose[(programs,)](
         *scores, space, tops, chosen, counts, *sizes(problem, tiles, chosen), tiles.room, G=problem.group,
         B=problem.config.block_size, UNIT=problem.config.unit, TOP_K=problem.config.top_k, KP=most, GROUP=GROUP_BLOCKS,
-        TILE=tiles.blocks, COLUMNS=min(64, max(16, triton.next_power_of_2(first_level))),
-        BY_TILES=by_tiles, BM=tiles.rows, ROWS=rows, num_warps=1, num_stages=1,
+        TILE=tiles.blocks, COLUMNS=columns if once else _COLUMNS, ONCE=once, BY_TILES=by_tiles, BM=tiles.rows,
+        ROWS=_ROWS, num_warps=1, num_stages=1,
     )  # fmt: skip
 
 
@@ -84,14 +90,14 @@ def sizes(problem: Problem, tiles: Tiles, chosen: Tensor) -> tuple[int, ...]:
 
 
 @triton.jit
-def sortable(scores, held, COLUMNS: tl.constexpr):
+def sortable(scores, held, column, COLUMNS: tl.constexpr):
     """Integers in the order of the scores; their last bits tell the column, so that no two of a row are equal.
 
     What is lost are those bits of a score, 2**-17 of it for 64 columns; equal scores come with the lower column first.
     """
     bits = scores.to(tl.int32, bitcast=True)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    bits = (bits & -COLUMNS) | (COLUMNS - 1 - tl.arange(0, COLUMNS))[None, :]
+    bits = (bits & -COLUMNS) | (COLUMNS - 1 - column)
     return tl.where(held, bits, _NONE)
 
 
@@ -126,11 +132,11 @@ def best_groups(
     row, column = tl.arange(0, BM)[:, None], tl.arange(0, COLUMNS)[None, :]
     held = (column < num_groups) & (row >= 0)
     # no mask: of one that ends anywhere the compiler makes loads of four bytes, and there is room for whole tiles
-    keys = sortable(tl.load(peaks + row * row_stride + column * column_stride), held, COLUMNS)
+    keys = sortable(tl.load(peaks + row * row_stride + column * column_stride), held, column, COLUMNS)
     best, index = _extract(keys, COLUMNS, COUNT)
     for start in range(COLUMNS, num_groups, COLUMNS):
         held = (start + column < num_groups) & (row >= 0)
-        keys = sortable(tl.load(peaks + row * row_stride + (start + column) * column_stride), held, COLUMNS)
+        keys = sortable(tl.load(peaks + row * row_stride + (start + column) * column_stride), held, column, COLUMNS)
         value = tl.max(keys, 1)
         # across tiles only scores count: of equal ones the earlier stays ahead
         while tl.max((value > (best[COUNT - 1] | (COLUMNS - 1))).to(tl.int32), 0) > 0:
@@ -176,83 +182,124 @@ def _in_order(best, number, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _members(found, COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EACH: tl.constexpr):
-    """The numbers of all EACH members of what was found, ascending, [ROWS, COLUMNS]."""
-    column = tl.arange(0, COLUMNS)[None, :]
-    whose = tl.full([ROWS, COLUMNS], _NOWHERE, tl.int32)
-    for j in tl.static_range(COUNT):
-        whose = tl.where(column // EACH == j, found[j][:, None], whose)
-    return whose * EACH + column % EACH
+def _take(keys, COUNT: tl.constexpr):
+    """Which keys of each query are its COUNT best, and the next best key."""
+    left = keys
+    for _ in tl.static_range(COUNT):
+        left = tl.where(left == tl.max(left, 0)[None, :], _NONE, left)
+    return left != keys, tl.max(left, 0)
 
 
 @triton.jit
-def _groups_of_tiles(
-    bests, peaks, space, num_tiles, num_groups, room, BM: tl.constexpr, ROWS: tl.constexpr, TOP_K: tl.constexpr,
-    KP: tl.constexpr, EACH: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """The TOP_K groups of largest peak, ascending; the next best key, and about the best score of other tiles.
+def _write_taken(space, taken, number, ROWS: tl.constexpr, KP: tl.constexpr):
+    """Write the numbers of what each query takes to `space` [ROWS, KP], in the order in which they lie.
 
-    They lie in the TOP_K best tiles of EACH groups, as the best blocks lie in the best groups.
+    How many come before is counted for all queries in one sum, of each in 8 bits.
     """
-    row, column = tl.arange(0, ROWS), tl.arange(0, KP * EACH)[None, :]
-    best, tile = best_groups(bests, num_tiles, 1, BM, ROWS, TOP_K + 1, COLUMNS)
-    group = _members(_in_order(best, tile, TOP_K), TOP_K, ROWS, KP * EACH, EACH)
-    at = row[:, None] * room + tl.minimum(group, room - 1)
-    keys = sortable(tl.load(peaks + at), group < num_groups, KP * EACH)
-    peak, place = _extract(keys, KP * EACH, TOP_K + 1)
-    tl.store(space + row[:, None] * (KP * EACH) + column, group)
+    row, counts = tl.arange(0, ROWS)[None, :], taken.to(tl.int32)
+    before = tl.cumsum(tl.sum(counts << (8 * row), 1), 0)[:, None] >> (8 * row)
+    tl.store(space + row * KP + (before & 0xFF) - 1, number + tl.zeros_like(counts), mask=taken)
+
+
+@triton.jit
+def _write_best(
+    peaks, space, num_groups, row_stride, column_stride, ROWS: tl.constexpr, TOP_K: tl.constexpr, KP: tl.constexpr,
+    COLUMNS: tl.constexpr, ONCE: tl.constexpr,
+):  # fmt: skip
+    """Write the numbers of the TOP_K groups of largest peak to `space`, ascending; the next best key.
+
+    ONCE: there are no more than COLUMNS.
+    """
+    if ONCE:
+        row, column = tl.arange(0, ROWS)[None, :], tl.arange(0, COLUMNS)[:, None]
+        held = (column < num_groups) & (row >= 0)
+        keys = sortable(tl.load(peaks + row * row_stride + column * column_stride), held, column, COLUMNS)
+        taken, after = _take(keys, TOP_K)
+        _write_taken(space, taken, column, ROWS, KP)
+    else:
+        best, number = best_groups(peaks, num_groups, row_stride, column_stride, ROWS, TOP_K + 1, COLUMNS)
+        found, after = _in_order(best, number, TOP_K), best[TOP_K]
+        for j in tl.static_range(TOP_K):
+            tl.store(space + tl.arange(0, ROWS) * KP + j, found[j])
     tl.debug_barrier()
-    places, found = _in_order(peak, place, TOP_K), ()
-    for j in tl.static_range(TOP_K):
-        real = places[j] < _NOWHERE
-        found += (tl.load(space + row * (KP * EACH) + places[j], mask=real, other=_NOWHERE),)
-    tl.debug_barrier()
-    return found, peak[TOP_K], score_of(best[TOP_K])
+    return after
+
+
+@triton.jit
+def _members(space, count, ROWS: tl.constexpr, KP: tl.constexpr, EACH: tl.constexpr):
+    """The numbers of all EACH members of the `count` groups in `space`, ascending, [KP * EACH, ROWS]."""
+    row, column = tl.arange(0, ROWS)[None, :], tl.arange(0, KP * EACH)[:, None]
+    held = (column // EACH < count) & (row >= 0)
+    return tl.load(space + row * KP + column // EACH, mask=held, other=_NOWHERE) * EACH + column % EACH
+
+
+@triton.jit
+def _peaks_of(scores, bests, place, group, BM: tl.constexpr, EACH: tl.constexpr):
+    """The largest score of each of some groups of each query, [GROUPS, ROWS]."""
+    member = tl.arange(0, 8)[None, None, :]
+    at = group // 8 * (64 * BM) + place[None, :] * 64 + group % 8 * 8  # as `score_at` has it, 16 bytes at a time
+    each = tl.load(scores + at[:, :, None] + member)
+    if scores.dtype.element_ty == tl.int16:  # the least of unsigned numbers
+        least = (tl.min((each ^ -32768).to(tl.int32), 2) + 32768).to(tl.int16)
+        peaks = tl.load(bests + tl.arange(0, place.shape[0])[None, :] + group // EACH * BM) - steps_below(least)
+    else:
+        peaks = tl.max(each, 2)
+    return peaks
 
 
 @triton.jit
 def best_blocks(
     scores, bests, peaks, space, place, stop, count, room, BM: tl.constexpr, ROWS: tl.constexpr, TOP_K: tl.constexpr,
-    KP: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, BY_TILES: tl.constexpr,
+    KP: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, ONCE: tl.constexpr,
+    BY_TILES: tl.constexpr,
 ):  # fmt: skip
-    """The TOP_K best blocks of queries before `stop`, [ROWS, KP], best first, and about the best score of the others,
-    where `count` is given of all but the first `count`.
+    """Blocks among which are the TOP_K best of queries before `stop`, [8 KP, ROWS]; the rank of each, best first, TOP_K
+    for those that are none of these; and about the best score of the others, where `count` is given of all but the
+    first `count`.
 
     `scores` and `bests` belong to a tile of BM queries, in which these are at `place`, from `bests` on; `peaks`
-    [ROWS, room / 8] and `space` [ROWS, 8 KP] to this program. Columns from TOP_K on mean nothing.
+    [ROWS, room / 8], None if BY_TILES, and `space` [2, ROWS, KP] to this program.
     """
-    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, KP * GROUP)[None, :]
+    row, column = tl.arange(0, ROWS)[None, :], tl.arange(0, KP * GROUP)[:, None]
     room_groups = tl.multiple_of(room // GROUP, 8)
     num_groups = tl.cdiv(stop, GROUP)
-    if BY_TILES:
-        found, next_peak, others = _groups_of_tiles(
-            bests, peaks, space, tl.cdiv(stop, TILE), num_groups, room_groups, BM, ROWS, TOP_K, KP, TILE // GROUP,
-            COLUMNS,
-        )  # fmt: skip
-        others = tl.maximum(others, score_of(next_peak))
+    if BY_TILES:  # the best groups lie in the best tiles, as the best blocks lie in the best groups
+        EACH: tl.constexpr = TILE // GROUP
+        num_tiles, number = tl.cdiv(stop, TILE), tl.arange(0, KP * EACH)[:, None]
+        after = _write_best(bests, space, num_tiles, 1, BM, ROWS, TOP_K, KP, COLUMNS, ONCE)
+        group = _members(space, tl.minimum(num_tiles, TOP_K), ROWS, KP, EACH)
+        most = _peaks_of(scores, bests, place, tl.minimum(group, room_groups - 1), BM, EACH)
+        taken, next_peak = _take(sortable(most, group < num_groups, number, KP * EACH), TOP_K)
+        space += ROWS * KP  # the first half may still be read
+        _write_taken(space, taken, group, ROWS, KP)
+        tl.debug_barrier()
+        others = tl.maximum(score_of(after), score_of(next_peak))
     else:
-        peak, group = best_groups(peaks, num_groups, room_groups, 1, ROWS, TOP_K + 1, COLUMNS)
-        found, others = _in_order(peak, group, TOP_K), score_of(peak[TOP_K])
-    block = _members(found, TOP_K, ROWS, KP * GROUP, GROUP)
-    tl.store(space + row * (KP * GROUP) + column, block)
-    inside = tl.minimum(block, room - GROUP + column % GROUP)
-    values = tl.load(scores + score_at(place[:, None], inside, BM))
+        others = score_of(_write_best(peaks, space, num_groups, room_groups, 1, ROWS, TOP_K, KP, COLUMNS, ONCE))
+    block = _members(space, tl.minimum(num_groups, TOP_K), ROWS, KP, GROUP)
+    held = block < stop
+    block = tl.minimum(block, room - GROUP + column % GROUP)
+    values = tl.load(scores + score_at(place[None, :], block, BM))
     if scores.dtype.element_ty == tl.int16:
-        values = tl.load(bests + row + inside // TILE * BM) - steps_below(values)
-    best, place = _extract(sortable(values, block < stop, KP * GROUP), KP * GROUP, TOP_K + 1)
-    next_best = best[TOP_K]
-    if count is not None:
-        for j in tl.static_range(TOP_K):
-            next_best = tl.where(count == j, best[j], next_best)
+        values = tl.load(bests + row + block // TILE * BM) - steps_below(values)
+    left = sortable(values, held, column, KP * GROUP)
+    rank = tl.full([KP * GROUP, ROWS], TOP_K, tl.int32)
+    value = tl.max(left, 0)
+    best, next_best = value, value
+    for j in tl.static_range(TOP_K):
+        if count is not None:
+            next_best = tl.where(count == j, value, next_best)
+        here = left == value[None, :]
+        if count is not None:  # there may be fewer than TOP_K
+            here &= (value != _NONE)[None, :]
+        rank = tl.where(here, j, rank)
+        left = tl.where(here, _NONE, left)
+        value = tl.max(left, 0)
+    next_best = value if count is None else tl.where(count == TOP_K, value, next_best)
     top = tl.maximum(score_of(next_best), others)
     if scores.dtype.element_ty == tl.int16:  # not below what is so far below its tile's best that it counts as nothing
-        top = tl.ceil(tl.maximum(top, score_of(best[0]) - LOWEST)) / STEPS
-    rank = tl.arange(0, KP)[None, :]
-    places = tl.zeros([ROWS, KP], tl.int32)
-    for j in tl.static_range(TOP_K):
-        places = tl.where(rank == j, place[j][:, None], places)
-    tl.debug_barrier()
-    return tl.load(space + row * (KP * GROUP) + places), top
+        top = tl.ceil(tl.maximum(top, score_of(best) - LOWEST)) / STEPS
+    return block, rank, top
 
 
 @triton.jit
@@ -262,9 +309,9 @@ def whose(
 ):  # fmt: skip
     """First token of a tile, its key head, where blocks of its queries at `place` are, and which of these are real."""
     first, own_z, member = tile_of(work, num_tiles, heads_all, sparse_start, G, BM)
-    z = (first_head + own_z).to(tl.int64)
+    z = first_head + own_z  # divided before it is widened: an instruction, not a routine
     sparse = first + place - sparse_start
-    query = (z // heads * num_sparse + sparse) * (heads * G) + z % heads * G + member
+    query = ((z // heads).to(tl.int64) * num_sparse + sparse) * (heads * G) + z % heads * G + member
     return first, z % heads, query * TOP_K, (sparse >= 0) & (sparse < num_sparse)
 
 
@@ -274,8 +321,8 @@ def whose(
 def _choose(
     scores, bests, peaks, space, tops, chosen, counts, heads, heads_all, first_head, first_work, num_tiles,
     sparse_start, num_sparse, room, G: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, TOP_K: tl.constexpr,
-    KP: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, BY_TILES: tl.constexpr,
-    BM: tl.constexpr, ROWS: tl.constexpr,
+    KP: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, ONCE: tl.constexpr,
+    BY_TILES: tl.constexpr, BM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     own = tl.program_id(0) // (BM // ROWS)
     place = tl.program_id(0) % (BM // ROWS) * ROWS + tl.arange(0, ROWS)
@@ -288,21 +335,22 @@ def _choose(
     at = tl.program_id(0).to(tl.int64) * ROWS
     scores += own.to(tl.int64) * BM * room
     bests += own.to(tl.int64) * BM * (room // TILE) + tl.program_id(0) % (BM // ROWS) * ROWS
-    peaks += at * tl.multiple_of(room // GROUP, 8)
-    blocks, top = best_blocks(
-        scores, bests, peaks, space + at * (KP * GROUP), place, stop, count, room, BM, ROWS, TOP_K, KP, GROUP, TILE,
-        COLUMNS, BY_TILES,
+    if peaks is not None:
+        peaks += at * tl.multiple_of(room // GROUP, 8)
+    block, rank, top = best_blocks(
+        scores, bests, peaks, space + at * (2 * KP), place, stop, count, room, BM, ROWS, TOP_K, KP, GROUP, TILE,
+        COLUMNS, ONCE, BY_TILES,
     )  # fmt: skip
-    rank = tl.arange(0, KP)[None, :]
-    kept = real[:, None] & (rank < TOP_K)
+    kept = real[None, :] & (rank < TOP_K)
     if counts is not None:
-        tl.store(chosen + to[:, None] + rank, tl.where(rank < count, blocks, -1), mask=kept)
         kept &= rank < count
+        slot = tl.arange(0, KP)[:, None]
+        none = real[None, :] & (slot >= count) & (slot < TOP_K)
+        tl.store(chosen + to[None, :] + slot, tl.full([KP, ROWS], -1, tl.int32), mask=none)
         top = tl.where(count < stop, top, -1e38)
-    else:
-        tl.store(chosen + to[:, None] + rank, blocks, mask=kept)
+    tl.store(chosen + to[None, :] + rank, block, mask=kept)
     tl.store(tops + at + tl.arange(0, ROWS), top)
-    tl.store(scores + score_at(place[:, None], blocks, BM), nothing_of(scores), mask=kept)
+    tl.store(scores + score_at(place[None, :], block, BM), nothing_of(scores), mask=kept)
 
 
 @triton.jit(
