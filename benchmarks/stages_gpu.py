@@ -28,7 +28,7 @@ CALLS = 3
 KERNELS = {
     "dense prefix": ("cudnn", "flash", "sm90_"),
     "summaries": ("_moments", "_running_mean"),
-    "scores": ("_write_scores",),
+    "scores": ("_write_scores", "_write_scores_hopper"),
     "search": ("_choose", "_strike"),
     "far and local field": ("_attend_past",),
     "sort of pairs": ("_count", "_cut", "_place"),
@@ -112,6 +112,8 @@ def work(
     Every input and output of a stage passes through memory once, in the dtype it has there; masked halves of products
     are not counted. With the backward pass summaries and the sort are done twice, and the dense prefix both ways.
     """
+    from bsbr.ops.triton.search import reads_peaks  # needs Triton
+
     dense, unit = min(length, dense_until(config)), config.unit
     position = torch.arange(dense, length, dtype=torch.float64)
     past = float((position // config.block_size * (config.block_size // unit)).sum()) * heads  # (query, block)
@@ -123,11 +125,13 @@ def work(
     states = blocks * width * width
     often = 2 if backward else 1
     score = 2 + 4 / 64  # bytes of a block's score, with its share of the tile's best
+    # a search reads every peak and 8 * top_k scores, or every best and 64 * top_k scores, and 8 * top_k of them again
+    peak, read = (4 / 8, 8) if reads_peaks((length - 1) // unit) else (0, 72)
     least = {
         "dense prefix": (2 * often * dense * (heads + key_heads) * row, (14 if backward else 4) * triangle),
         "summaries": (often * (2 * keys * row + 3 * states * 2), often * 2 * keys * width * width),
-        "scores": (queries * row + past * (score + 0.5), 4 * past * width),
-        "search": (past / 2 + pairs * (16 + 4), 0.0),
+        "scores": (queries * row + past * (score + peak), 4 * past * width),
+        "search": (past * (peak or 4 / 64) + pairs * (2 * read + 4), 0.0),
         "far and local field": (
             2 * queries * row + past * score, 2 * past * width + 2 * queries * width * width + 4 * local * width,
         ),
