@@ -74,7 +74,7 @@ def test_scores_in_gluon(tokens, rows, settings, groups, monkeypatch):
     assert torch.equal(elsewhere, here)
 
 
-@pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 64), (torch.float16, 96)], ids=str)
+@pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 128), (torch.float16, 64)], ids=str)
 @pytest.mark.parametrize("tokens", [1088, 1500])
 def test_mean_values_by_descriptor(dtype, width, tokens, monkeypatch):
     config = BSBRConfig(block_size=64, retrieval_block_size=16, top_k=4, dense_below=0)

@@ -22,12 +22,12 @@ def is_hopper(device: torch.device) -> bool:
 
 
 def copies_tiles(problem: Problem, q: Tensor) -> bool:
-    """Whether descriptors bring tiles of summaries: 16 bits, rows of 128 numbers at most, a long past."""
-    fits = q.element_size() == 2 and q.shape[3] <= 128
+    """Whether descriptors bring tiles of summaries: of 16 bits, in the widths that were run, for a long past."""
+    fits = q.element_size() == 2 and q.shape[3] in (64, 128) and problem.tile_rows == 64
     return fits and problem.num_blocks >= _LEAST_BLOCKS and is_hopper(q.device)
 
 
 def scores_in_gluon(problem: Problem, q: Tensor) -> bool:
     """Whether `bsbr.ops.triton.scores_hopper` scores the queries [B, Tq, HQ, D]."""
-    fits = q.dtype == torch.bfloat16 and q.shape[3] == 128 and problem.tile_rows == 64 and problem.group % 2 == 0
+    fits = q.dtype == torch.bfloat16 and q.shape[3] == 128 and problem.group % 2 == 0
     return fits and copies_tiles(problem, q) and triton.__version__.startswith(_GLUON)
