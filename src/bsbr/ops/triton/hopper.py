@@ -12,7 +12,8 @@ _GLUON = ("3.6", "3.7")
 """Versions of Triton whose Gluon, which is experimental, the kernels were compiled with."""
 
 _LEAST_BLOCKS = 256
-"""Fewer past blocks are scored and read as fast without: each launch makes its descriptors anew."""
+"""With fewer past blocks there is little to gain (255 are scored in 0.3 of 4.1 ms), and each launch makes its
+descriptors anew."""
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Scores of past blocks on Hopper GPUs: those of `bsbr.ops.triton.scores` bit by bit, in three quarters of the time.
+"""Scores of past blocks on Hopper GPUs: those of `bsbr.ops.triton.scores` bit by bit, in less time.
 
 In Gluon, Triton's language below the level at which the compiler places loads, waits and registers. Tensor descriptors
 (TMA) bring the next tiles of summaries into shared memory while this one is worked on, so that no fence of the products
