@@ -8,7 +8,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bsbr.ops.triton import hopper
 from bsbr.ops.triton.problem import Problem
-from bsbr.ops.triton.scores import Scores, Tiles, score_at, score_factors, tile_of, write_scores
+from bsbr.ops.triton.scores import VARYING, Scores, Tiles, score_at, score_factors, tile_of, write_scores
 from bsbr.ops.triton.search import MOST_WRITTEN_OUT, choose_blocks, reads_peaks, strike_out
 from bsbr.ops.triton.search_many import choose_many_blocks
 from bsbr.ops.triton.short_scores import STEPS, above
@@ -73,9 +73,9 @@ def attend_past(
     tops = new(at_once, rows, dtype=torch.float32)
     values = arranged = None
     if far and hopper.copies_tiles(problem, tensors[0]):
-        values = TensorDescriptor.from_tensor(field.mean_v.view(-1, width), [blocks, padded(width)])
+        values = TensorDescriptor.from_tensor(field.mean_v.view(-1, width), [blocks, width])
     if room and hopper.scores_in_gluon(problem, tensors[0]):
-        from bsbr.ops.triton import scores_hopper
+        from bsbr.ops.triton import scores_hopper  # Gluon is experimental
 
         arranged = scores_hopper.arrange(field)
     for first in range(0, tiles * each, at_once):
@@ -155,20 +155,7 @@ def _read_far(
     return top, total, acc
 
 
-@triton.jit(
-    do_not_specialize=[
-        "heads",
-        "heads_all",
-        "first_head",
-        "first_work",
-        "num_tiles",
-        "num_blocks",
-        "num_states",
-        "sparse_start",
-        "q_start",
-        "num_queries",
-    ]
-)
+@triton.jit(do_not_specialize=[*VARYING, "num_blocks", "num_states", "q_start", "num_queries"])
 def _attend_past(
     q, k, v, mean_v, values, first_k, states, calibration, part_o, part_lse, scores, bests, tops,
     qb, qt, qh, kb, kt, kh, vb, vt, vh,

@@ -20,6 +20,9 @@ GROUP_BLOCKS = 8
 _SHARE = 2
 """Most query heads of a key head whose scores one program computes: they share what is loaded of the blocks."""
 
+VARYING = ["heads", "heads_all", "first_head", "first_work", "num_tiles", "sparse_start"]
+"""Arguments of every kernel that works on tiles of queries, for whose values none is compiled anew."""
+
 
 class Scores(NamedTuple):
     """Scores of the past blocks of some tiles of queries; bests and peaks of those in 16 bits are in steps."""
@@ -88,6 +91,12 @@ def tile_of(work, num_tiles, heads_all, sparse_start, G: tl.constexpr, BM: tl.co
 def score_at(row, block, BM: tl.constexpr):
     """Where a tile of BM queries has the score of a block: 64 blocks of all its queries lie together."""
     return block // 64 * (64 * BM) + row * 64 + block % 64
+
+
+@triton.jit
+def group_at(row, group, BM: tl.constexpr):
+    """Where it has the first of the 8 scores of a group, which lie together: `score_at` in fewer instructions."""
+    return group // 8 * (64 * BM) + row * 64 + group % 8 * 8
 
 
 @triton.jit
@@ -163,19 +172,7 @@ def strike(scores, from_block, stop, blocks, TOP_K: tl.constexpr, BN: tl.constex
     return scores
 
 
-@triton.jit(
-    do_not_specialize=[
-        "heads",
-        "heads_all",
-        "first_head",
-        "first_work",
-        "num_tiles",
-        "num_blocks",
-        "sparse_start",
-        "q_start",
-        "num_queries",
-    ]
-)
+@triton.jit(do_not_specialize=[*VARYING, "num_blocks", "q_start", "num_queries"])
 def _write_scores(
     q, centred_k, var_k, calibration, scores, bests, peaks, qb, qt, qh,
     heads, heads_all, first_head, first_work, num_tiles, num_blocks, room, sparse_start, q_start, num_queries,

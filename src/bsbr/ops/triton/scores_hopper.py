@@ -22,7 +22,7 @@ from triton.language import PropagateNan
 
 from bsbr.ops.triton import short_scores
 from bsbr.ops.triton.problem import Problem
-from bsbr.ops.triton.scores import Scores, Tiles
+from bsbr.ops.triton.scores import VARYING, Scores, Tiles
 from bsbr.ops.triton.summaries import FarField
 
 SHARE, WIDTH, TILE_ROWS = 2, 128, 64
@@ -93,19 +93,7 @@ def _fetch(arranged, arrived, buffers, tile, first_tile, num_tiles, STAGES: gl.c
     tma.async_copy_global_to_shared(arranged, [row, 0], arrived.index(slot), buffers.index(slot), pred=there)
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "heads",
-        "heads_all",
-        "first_head",
-        "first_work",
-        "num_tiles",
-        "tiles_of_head",
-        "sparse_start",
-        "q_start",
-        "num_queries",
-    ]
-)
+@gluon.jit(do_not_specialize=[*VARYING, "tiles_of_head", "q_start", "num_queries"])
 def _write_scores_hopper(
     q, arranged, calibration, scores, bests, peaks, qb, qt, qh,
     heads, heads_all, first_head, first_work, num_tiles, tiles_of_head, room, sparse_start, q_start, num_queries,

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bsbr.ops.triton.problem import Problem
-from bsbr.ops.triton.scores import GROUP_BLOCKS, Scores, Tiles, nothing_of, score_at, tile_of
+from bsbr.ops.triton.scores import GROUP_BLOCKS, VARYING, Scores, Tiles, group_at, nothing_of, score_at, tile_of
 from bsbr.ops.triton.short_scores import LOWEST, STEPS, steps_below
 
 _NONE = tl.constexpr(-(2**31))
@@ -237,8 +237,7 @@ def _members(space, count, ROWS: tl.constexpr, KP: tl.constexpr, EACH: tl.conste
 def _peaks_of(scores, bests, place, group, BM: tl.constexpr, EACH: tl.constexpr):
     """The largest score of each of some groups of each query, [GROUPS, ROWS]."""
     member = tl.arange(0, 8)[None, None, :]
-    at = group // 8 * (64 * BM) + place[None, :] * 64 + group % 8 * 8  # as `score_at` has it, 16 bytes at a time
-    each = tl.load(scores + at[:, :, None] + member)
+    each = tl.load(scores + group_at(place[None, :], group, BM)[:, :, None] + member)
     if scores.dtype.element_ty == tl.int16:  # the least of unsigned numbers
         least = (tl.min((each ^ -32768).to(tl.int32), 2) + 32768).to(tl.int16)
         peaks = tl.load(bests + tl.arange(0, place.shape[0])[None, :] + group // EACH * BM) - steps_below(least)
@@ -287,10 +286,9 @@ def best_blocks(
     value = tl.max(left, 0)
     best, next_best = value, value
     for j in tl.static_range(TOP_K):
-        if count is not None:
-            next_best = tl.where(count == j, value, next_best)
         here = left == value[None, :]
-        if count is not None:  # there may be fewer than TOP_K
+        if count is not None:  # and there may be fewer than TOP_K
+            next_best = tl.where(count == j, value, next_best)
             here &= (value != _NONE)[None, :]
         rank = tl.where(here, j, rank)
         left = tl.where(here, _NONE, left)
@@ -315,9 +313,7 @@ def whose(
     return first, z % heads, query * TOP_K, (sparse >= 0) & (sparse < num_sparse)
 
 
-@triton.jit(
-    do_not_specialize=["heads", "heads_all", "first_head", "first_work", "num_tiles", "sparse_start", "num_sparse"]
-)
+@triton.jit(do_not_specialize=[*VARYING, "num_sparse"])
 def _choose(
     scores, bests, peaks, space, tops, chosen, counts, heads, heads_all, first_head, first_work, num_tiles,
     sparse_start, num_sparse, room, G: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, TOP_K: tl.constexpr,
@@ -353,9 +349,7 @@ def _choose(
     tl.store(scores + score_at(place[None, :], block, BM), nothing_of(scores), mask=kept)
 
 
-@triton.jit(
-    do_not_specialize=["heads", "heads_all", "first_head", "first_work", "num_tiles", "sparse_start", "num_sparse"]
-)
+@triton.jit(do_not_specialize=[*VARYING, "num_sparse"])
 def _strike(
     scores, chosen, heads, heads_all, first_head, first_work, num_tiles, sparse_start, num_sparse, room,
     G: tl.constexpr, TOP_K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr,

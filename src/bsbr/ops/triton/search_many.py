@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bsbr.ops.triton.problem import Problem
-from bsbr.ops.triton.scores import Scores, Tiles, bits_of, nothing_of, score_at
+from bsbr.ops.triton.scores import VARYING, Scores, Tiles, bits_of, nothing_of, score_at
 from bsbr.ops.triton.search import sizes, whose
 from bsbr.ops.triton.short_scores import LOWEST, STEPS, steps_below
 
@@ -50,9 +50,7 @@ def _ordered(values):
     return (bits_of(values) ^ (-(2**31))).to(tl.uint32, bitcast=True)
 
 
-@triton.jit(
-    do_not_specialize=["heads", "heads_all", "first_head", "first_work", "num_tiles", "sparse_start", "num_sparse"]
-)
+@triton.jit(do_not_specialize=[*VARYING, "num_sparse"])
 def _choose(
     scores, bests, tops, chosen, counts, heads, heads_all, first_head, first_work, num_tiles, sparse_start, num_sparse,
     room, G: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, TOP_K: tl.constexpr, KP: tl.constexpr,
