@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from bsbr.ops.triton.problem import Problem
+from bsbr.ops.triton.scores import SHARE
 
 _GLUON = ("3.6", "3.7")
 """Versions of Triton whose Gluon, which is experimental, the kernels were compiled with."""
@@ -30,5 +31,5 @@ def copies_tiles(problem: Problem, q: Tensor) -> bool:
 
 def scores_in_gluon(problem: Problem, q: Tensor) -> bool:
     """Whether `bsbr.ops.triton.scores_hopper` scores the queries [B, Tq, HQ, D]."""
-    fits = q.dtype == torch.bfloat16 and q.shape[3] == 128 and problem.group % 2 == 0
+    fits = q.dtype == torch.bfloat16 and q.shape[3] == 128 and problem.group % SHARE == 0
     return fits and copies_tiles(problem, q) and triton.__version__.startswith(_GLUON)

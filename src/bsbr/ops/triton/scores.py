@@ -17,7 +17,7 @@ from bsbr.ops.triton.summaries import FarField, padded
 GROUP_BLOCKS = 8
 """Blocks of a group, GROUP in the kernels."""
 
-_SHARE = 2
+SHARE = 2
 """Most query heads of a key head whose scores one program computes: they share what is loaded of the blocks."""
 
 VARYING = ["heads", "heads_all", "first_head", "first_work", "num_tiles", "sparse_start"]
@@ -69,7 +69,7 @@ def write_scores(
     """
     config, width = problem.config, q.shape[3]
     fast = tiles.blocks > 32
-    share = min(_SHARE, problem.group & -problem.group) if fast else 1
+    share = min(SHARE, problem.group & -problem.group) if fast else 1
     _write_scores[(tiles.count // share,)](
         q, field.centred_k, field.var_k, calibration, *scores, *q.stride()[:3], q.shape[2] // problem.group,
         len(tiles.heads) * problem.group, tiles.heads.start, tiles.first, tiles.per_head, field.centred_k.shape[1],

@@ -20,21 +20,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language import PropagateNan
 
-from bsbr.ops.triton import short_scores
 from bsbr.ops.triton.problem import Problem
-from bsbr.ops.triton.scores import VARYING, Scores, Tiles
+from bsbr.ops.triton.scores import SHARE, VARYING, Scores, Tiles, score_factors, tile_of
+from bsbr.ops.triton.short_scores import ROUNDING, STEPS, encode
 from bsbr.ops.triton.summaries import FarField
-
-SHARE, WIDTH, TILE_ROWS = 2, 128, 64
-"""Query heads of a key head that a program holds, their width, and queries of a tile: other shapes are Triton's."""
 
 _BLOCKS, _STAGES = 64, 2
 """Blocks of a tile, and tiles that are on their way or worked on."""
 
 _NAN = gl.constexpr(PropagateNan.ALL)
-_STEPS = gl.constexpr(short_scores.STEPS.value)
-_ROUNDING = gl.constexpr(short_scores.ROUNDING.value)
-_WHOLE = gl.constexpr(8388608.0)
 _LEFT_OUT = gl.constexpr(-1e30)
 
 
@@ -74,7 +68,7 @@ def write_scores_on_hopper(
         q, arranged, calibration, *scores, *q.stride()[:3], heads, len(tiles.heads) * problem.group,
         tiles.heads.start, tiles.first, tiles.per_head, tiles_of_head, tiles.room, problem.sparse_start,
         problem.q_start, problem.num_queries, *problem.score_scales, G=problem.group, B=config.block_size,
-        UNIT=config.unit, D=WIDTH, BM=TILE_ROWS, BN=_BLOCKS, SHARE=SHARE, STAGES=_STAGES,
+        UNIT=config.unit, D=q.shape[3], BM=tiles.rows, BN=_BLOCKS, SHARE=SHARE, STAGES=_STAGES,
         MOMENTS=config.far == "moments", num_warps=4 * SHARE, maxnreg=128,
     )  # fmt: skip
 
@@ -111,8 +105,7 @@ def _write_scores_hopper(
     )  # fmt: skip
     room = gl.multiple_of(room, 64)
     work = gl.program_id(0) * SHARE + first_work
-    first = (sparse_start // BM + num_tiles - 1 - work // heads_all) * BM  # as `tile_of` has it
-    own_z, member = work % heads_all // G, work % G
+    first, own_z, member = tile_of(work, num_tiles, heads_all, sparse_start, G, BM)
     z = (first_head + own_z).to(gl.int64)
     stop = first // B * (B // UNIT)
     tiles = (stop + BN - 1) // BN
@@ -132,16 +125,14 @@ def _write_scores_hopper(
     valid = (token >= sparse_start) & (token < q_start + num_queries)
     at = z // heads * qb + head * qh + (token - q_start).to(gl.int64) * qt
     tile_q = gl.load(q + at[:, None] + d[None, :], mask=valid[:, None], other=0.0)
-    mean_factor = mean_scale * gl.load(calibration + head * 5 + 1)
-    mean_factor = gl.where(gl.abs(mean_factor) < 1e-20, 1e-20, mean_factor)
-    var_factor = var_scale * gl.load(calibration + head * 5 + 2) / mean_factor
+    mean_factor, var_factor = score_factors(calibration, head, mean_scale, var_scale)
     wide = tile_q.to(gl.float32)
     square = (wide * wide * var_factor[:, None]).to(arranged.dtype)
     square = gl.convert_layout(square, gl.DotOperandLayout(0, product, 2))
     in_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], arranged.dtype)
     own_q = gl.allocate_shared_memory(arranged.dtype, [ROWS, D], in_shared, tile_q)
     fence_async_shared()
-    factor = gl.convert_layout(mean_factor * _STEPS, gl.SliceLayout(1, product))
+    factor = gl.convert_layout(mean_factor * STEPS, gl.SliceLayout(1, product))
 
     program = gl.program_id(0).to(gl.int64)
     scores += program * ROWS * room
@@ -162,23 +153,19 @@ def _write_scores_hopper(
             acc = warpgroup_mma(square, own.slice(BN, BN, 0).permute((1, 0)), acc, is_async=True)
         tile = warpgroup_mma_wait(0, deps=(acc,))
         _fetch(arranged, arrived, buffers, i + STAGES, first_tile, tiles, STAGES)
-        tile = tile * factor[:, None] + _ROUNDING
+        tile = tile * factor[:, None] + ROUNDING
         left = stop - i * BN
         if left < BN:  # what is not past, even if it is no number, is none of the tile's best
             tile = gl.where((block < left)[None, :], tile, _LEFT_OUT)
         groups = tile.reshape([ROWS, BN // 32, 4, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([ROWS, BN // 8, 8])
         most = gl.reduce(groups, 2, _larger)
         best = gl.max(most, 1)
-        below = best[:, None, None] - groups
-        # `short_scores.encode`
-        fine = (below + _WHOLE).to(gl.int32, bitcast=True)
-        coarse = (below * (1 / 16) + (30720 + _WHOLE)).to(gl.int32, bitcast=True)
-        code = gl.minimum(gl.minimum(fine, coarse), 0x4B00FFFF).to(gl.int16).reshape([ROWS, BN])
-        best += 0.0 * gl.sum(most, 1) - _ROUNDING  # a score that is no number leaves none of its tile's
+        code = encode(best[:, None, None] - groups).reshape([ROWS, BN])
+        best += 0.0 * gl.sum(most, 1) - ROUNDING  # a score that is no number leaves none of its tile's
         gl.store(to + i * (BM * BN), gl.convert_layout(code, writing))
         if peaks is not None:
             group = gl.arange(0, ROWS)[:, None] * (room // 8) + i * (BN // 8) + gl.arange(0, BN // 8)[None, :]
-            gl.store(peaks + group, most - _ROUNDING)
+            gl.store(peaks + group, most - ROUNDING)
         own_row = gl.arange(0, ROWS)
         gl.store(bests + own_row // BM * (BM * (room // BN)) + i * BM + own_row % BM, best)
     for s in gl.static_range(STAGES):
