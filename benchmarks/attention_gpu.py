@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.attention_peers import OTHERS, other_call
+from benchmarks.attention_peers import OTHERS, other_call, versions
 from bsbr.config import BSBRConfig
 from bsbr.evaluation.provenance import code_versions, without_folders
 from bsbr.files import write_json
@@ -226,7 +226,7 @@ def _header(options: argparse.Namespace, config: BSBRConfig) -> dict[str, Any]:
     return {
         "schema": {"name": "bsbr.benchmarks.attention_gpu", "version": 1},
         "command": [without_folders(word) for word in sys.argv],
-        "code": code_versions(),
+        "code": code_versions() | versions(options.others),
         "machine": {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "dtype": "bfloat16"},
         "config": config.to_dict(),
         "protocol": {

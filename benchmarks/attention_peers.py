@@ -4,8 +4,8 @@ They read other things than softmax attention does, so their times say what else
 thing. flash-linear-attention is looked for only if it is asked for (`pip install flash-linear-attention`).
 """
 
-import importlib
 from collections.abc import Callable
+from importlib import metadata
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ def other_call(name: str, tensors: list[Tensor], config: BSBRConfig) -> Callable
     Args:
         name: of `OTHERS`.
         tensors: q [1, T, HQ, D]; k, v [1, T, H, D].
-        config: settings of BSBR: the blocks of the additive form, and the blocks that NSA reads.
+        config: settings of BSBR: the blocks of the additive form, and the blocks that NSA, without its window, reads.
     Returns:
         The call.
     Raises:
@@ -39,15 +39,24 @@ def other_call(name: str, tensors: list[Tensor], config: BSBRConfig) -> Callable
     if name == NSA:
         if group < 16:
             raise ValueError(f"{name} takes 16 query heads a key head and more, here are {group}")
-        nsa = importlib.import_module("fla.ops.nsa").parallel_nsa
+        from fla.ops.nsa import parallel_nsa
+
         gate = q.new_ones(q.shape[:3])
         counts, unit = config.top_k, config.unit
-        return lambda: nsa(q, k, v, g_cmp=gate, g_slc=gate, block_counts=counts, block_size=unit)
+        return lambda: parallel_nsa(q, k, v, g_cmp=gate, g_slc=gate, block_counts=counts, block_size=unit)
     k, v = (x.repeat_interleave(group, 2) for x in (k, v))  # these kernels have as many key heads as query heads
     if name == LINEAR:
-        linear = importlib.import_module("fla.ops.linear_attn").chunk_linear_attn
+        from fla.ops.linear_attn import chunk_linear_attn
+
         positive = [torch.nn.functional.elu(x) + 1 for x in (q, k)]
-        return lambda: linear(*positive, v)
-    delta = importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
+        return lambda: chunk_linear_attn(*positive, v)
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
     decay, strength = (q.new_full(q.shape[:3], x) for x in (-0.1, 0.5))
-    return lambda: delta(q, k, v, decay.float(), strength, use_qk_l2norm_in_kernel=True)
+    return lambda: chunk_gated_delta_rule(q, k, v, decay.float(), strength, use_qk_l2norm_in_kernel=True)
+
+
+def versions(names: list[str]) -> dict[str, str]:
+    """The version of flash-linear-attention, if one of these attentions is its own."""
+    asked = any("fla" in name for name in names)
+    return {"flash-linear-attention": metadata.version("flash-linear-attention")} if asked else {}
